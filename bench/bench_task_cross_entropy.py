@@ -1,0 +1,71 @@
+"""task_cross_entropy: per-task cross entropy sums from logits, any upstream gradient per task."""
+
+import torch
+import torch.nn.functional as F
+
+import mtkernels as mtk
+
+from . import peers
+from .registry import DTYPES, Bar, Case, Draw, Problem, Provider, ours
+
+LANGUAGE, LABELS, SLICE = dict(T=1024, V=32000, J=8), dict(T=4096, V=1024, J=8), dict(T=128, V=32000, J=8)
+BARS = {"fp32": (Bar("cpu", "torch", 0.5),)}
+
+
+def cases():
+    return [
+        Case("task_cross_entropy", "labels", LABELS, "torch", ("quick", "bars", "full"), dtypes=("fp32",), bars=BARS),
+        Case("task_cross_entropy", "vocabulary, few rows", SLICE, "torch", ("quick",)),
+        Case("task_cross_entropy", "vocabulary", LANGUAGE, "torch", ("bars", "full"), dtypes=("fp32",), bars=BARS),
+    ]
+
+
+def inputs(case, device):
+    draw, s = Draw(case, device), case.shape
+    fixed = {"target": draw.ints(s["V"], s["T"]), "ids": draw.ints(s["J"], s["T"])}
+    return Problem(case, {"logits": draw.leaf(s["T"], s["V"])}, fixed, draw.normal(s["J"], dtype=torch.float32), ("logits",))
+
+
+def cost(case, mode):
+    passes = {"fwd": 1, "bwd": 2, "full": 3}[mode]  # the backward reads logits and writes their gradient
+    elements = case.shape["T"] * case.shape["V"] * passes
+    return elements * DTYPES[case.dtype].itemsize, 4 * elements
+
+
+def saved_limit(case):
+    # logits, and two floats a row: log-sum-exp and the nll that the task sums read
+    return case.shape["T"] * (case.shape["V"] * DTYPES[case.dtype].itemsize + 8) + 64 * case.shape["J"]
+
+
+def _plan(problem):
+    return mtk.group_plan(problem.fixed["ids"], problem.case.shape["J"], step=0)
+
+
+def run(problem, backend):
+    logits, target, ids, n_tasks, plan = problem.leaves["logits"], *problem.fixed.values(), problem.case.shape["J"], _plan(problem)
+    return problem.call(
+        lambda: mtk.task_cross_entropy(logits, target, ids, n_tasks, "sum", plan=plan, backend=backend).losses,
+        given=plan.tensors(),
+    )
+
+
+def _with_nll(problem, nll):
+    logits, target, ids, sums = problem.leaves["logits"], *problem.fixed.values(), problem.upstream.new_zeros(problem.case.shape["J"])
+    return problem.call(lambda: sums.index_add(0, ids, nll(logits, target).to(sums.dtype)))
+
+
+def _nll(logits, target):
+    return F.cross_entropy(logits, target, reduction="none")
+
+
+def plain(problem):
+    return _with_nll(problem, _nll)
+
+
+PROVIDERS = (
+    *ours(run),
+    Provider("plan", lambda p: p.call(lambda: _plan(p), {}), "part"),
+    Provider("torch", plain),
+    Provider("compile", lambda p: _with_nll(p, peers.compiled(_nll, p.upstream.device.type)), slow=True),
+    Provider("liger", lambda p: _with_nll(p, peers.liger_cross_entropy(p.upstream.device.type))),
+)

@@ -1,0 +1,49 @@
+// Table of contents: every raw kernel under torch.ops.mtkernels_C. Schemas users see live in mtkernels/ops.
+#include "mtkernels.h"
+
+#include <torch/csrc/stable/library.h>
+
+using namespace mtk;
+
+STABLE_TORCH_LIBRARY(mtkernels_C, m) {
+  m.def("group_plan(Tensor ids, int n_groups) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "lora_fwd(Tensor x, Tensor[] A, Tensor[] B, Tensor[] bias, Tensor scale, Tensor threshold, Tensor seeds,"
+      " Tensor offsets, Tensor perm, Tensor tiles, Tensor step, int site, bool dropout, Tensor(a!) y) -> Tensor");
+  m.def(
+      "lora_bwd(Tensor dy, Tensor x, Tensor s, Tensor[] A, Tensor[] B, Tensor[] bias, Tensor scale, Tensor threshold,"
+      " Tensor seeds, Tensor offsets, Tensor perm, Tensor tiles, Tensor step, int site, bool dropout, Tensor(a!)? dx,"
+      " bool need_factors) -> Tensor[]");
+  m.def("lora_base_linear(Tensor x, Tensor w, Tensor? bias) -> Tensor");
+  m.def("lora_base_dx(Tensor dy, Tensor w) -> Tensor");
+  m.def("cpu_has_fast_16bit(bool fp16) -> bool");
+  m.def("task_reduce_fwd(Tensor values, Tensor? coef, Tensor offsets, Tensor perm, Tensor tiles) -> Tensor");
+  m.def("task_reduce_bwd(Tensor dsums, Tensor values, Tensor? coef, Tensor ids) -> (Tensor, Tensor)");
+  m.def("task_cross_entropy_fwd(Tensor logits, Tensor target, Tensor ids, int ignore_index) -> (Tensor, Tensor)");
+  m.def("task_cross_entropy_bwd(Tensor dnll, Tensor logits, Tensor target, Tensor ids, Tensor lse, int ignore_index)"
+        " -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mtkernels_C, CPU, m) {
+  m.impl("group_plan", TORCH_BOX(&cpu::group_plan));
+  m.impl("lora_fwd", TORCH_BOX(&cpu::lora_fwd));
+  m.impl("lora_bwd", TORCH_BOX(&cpu::lora_bwd));
+  m.impl("lora_base_linear", TORCH_BOX(&cpu::lora_base_linear));
+  m.impl("lora_base_dx", TORCH_BOX(&cpu::lora_base_dx));
+  m.impl("task_reduce_fwd", TORCH_BOX(&cpu::task_reduce_fwd));
+  m.impl("task_reduce_bwd", TORCH_BOX(&cpu::task_reduce_bwd));
+  m.impl("task_cross_entropy_fwd", TORCH_BOX(&cpu::task_cross_entropy_fwd));
+  m.impl("task_cross_entropy_bwd", TORCH_BOX(&cpu::task_cross_entropy_bwd));
+}
+
+// No tensor to dispatch on.
+STABLE_TORCH_LIBRARY_IMPL(mtkernels_C, CompositeExplicitAutograd, m) {
+  m.impl("cpu_has_fast_16bit", TORCH_BOX(&cpu::cpu_has_fast_16bit));
+}
+
+#ifdef MTKERNELS_CUDA
+STABLE_TORCH_LIBRARY_IMPL(mtkernels_C, CUDA, m) {
+  m.impl("task_reduce_fwd", TORCH_BOX(&cuda::task_reduce_fwd));
+  m.impl("task_reduce_bwd", TORCH_BOX(&cuda::task_reduce_bwd));
+}
+#endif

@@ -1,0 +1,173 @@
+"""What the example shows: a progress bar while it trains, then a table, results.json and curves.png."""
+
+import json
+import os
+import platform
+import statistics
+from contextlib import contextmanager
+
+import torch
+
+import mtkernels
+
+FIRST_LOSS_TOLERANCE = 1e-5
+MIN_ACCURACY_OVER_BASELINE = 0.15
+MIN_R2 = 0.4
+TITLES = {"mtkernels": "mtkernels: all adapters in one batch", "ordinary": "stock PEFT: one adapter at a time"}
+
+
+@contextmanager
+def progress(way, names, steps):
+    """Gives show(losses, seconds), to be called after each step: a live bar on a terminal, else a line now and then."""
+    done = []
+
+    def summary(losses, seconds):
+        return f"{seconds:5.2f} s/step  " + "  ".join(f"{name} {loss:.2f}" for name, loss in zip(names, losses))
+
+    def show_line(losses, seconds):
+        done.append(seconds)
+        if len(done) in (1, steps) or len(done) % max(steps // 10, 1) == 0:
+            print(f"step {len(done):4d}/{steps}  {summary(losses, statistics.median(done))}", flush=True)
+
+    bar = _rich_bar()
+    if bar is None:
+        print(TITLES[way], flush=True)
+        yield show_line
+        return
+    with bar:
+        task = bar.add_task(TITLES[way], total=steps, losses="")
+        yield lambda losses, seconds: bar.update(task, advance=1, losses=summary(losses, seconds))
+
+
+def _rich_bar():
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:
+        return None
+    if not Console().is_terminal:
+        return None
+    columns = "{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("\n{task.fields[losses]}")
+    return Progress(*columns)
+
+
+def write(args, tasks, runs):
+    """Print the table, write results.json and curves.png into args.out; returns the list of what went wrong."""
+    text = f"{table(tasks, runs)}\n\n{totals(runs)}"
+    print(f"\n{text}\n")
+    problems = check(tasks, runs, learned=not args.no_check)
+    results = {
+        "environment": environment(),
+        "arguments": {k: str(v) if k == "out" else v for k, v in vars(args).items() if k != "way"},
+        "tasks": [
+            {"name": t.name, "classes": t.classes, "rank": t.rank, "train": len(t.train), "held_out": len(t.held_out), "baseline": t.baseline()} for t in tasks
+        ],
+        "runs": runs,
+        "problems": problems,
+    }
+    (args.out / "results.json").write_text(json.dumps(results, indent=1))
+    (args.out / "table.txt").write_text(text + "\n")
+    plot(tasks, runs, args.out / "curves.png")
+    print(f"wrote {args.out}/results.json, table.txt and curves.png")
+    return problems
+
+
+def environment():
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "mtkernels": mtkernels.__version__}
+    return {**versions, "threads": torch.get_num_threads(), "cores": os.cpu_count(), "machine": platform.machine()}
+
+
+def first_and_last(run, j):
+    """First loss of task j, and the mean of its last ten."""
+    losses = [step[j] for step in run["losses"]]
+    return losses[0], statistics.fmean(losses[-10:])
+
+
+def table(tasks, runs):
+    header = ["task", "classes", "rank", "rows", *(f"{way} loss" for way in runs), *(f"{way} held out" for way in runs), "baseline"]
+    lines = []
+    for j, task in enumerate(tasks):
+        losses = ["{:.3f} -> {:.3f}".format(*first_and_last(run, j)) for run in runs.values()]
+        metric = "R2 " if task.is_regression else ""
+        metrics = [f"{metric}{run['metrics'][j]:.3f}" for run in runs.values()]
+        lines.append([task.name, str(len(task.classes) or "score"), str(task.rank), str(len(task.train)), *losses, *metrics, f"{metric}{task.baseline():.3f}"])
+    return aligned([header, *lines])
+
+
+def totals(runs):
+    lines = [["", "median step", "training", "peak memory", "above the loaded model"]]
+    for way, run in runs.items():
+        peak, loaded = run["memory_peak_mib"], run["memory_loaded_mib"]
+        lines.append([way, f"{step_time(run):.3f} s", f"{sum(run['seconds']):.1f} s", f"{peak:.0f} MiB", f"{peak - loaded:.0f} MiB"])
+    ours, ordinary = runs["mtkernels"], runs["ordinary"]
+    first, largest = loss_difference(runs, 1), loss_difference(runs)
+    return "\n".join(
+        [
+            aligned(lines),
+            "",
+            f"time per step: ordinary / mtkernels = {step_time(ordinary) / step_time(ours):.2f}",
+            f"difference of per-task losses: {first:.1e} at the first step, at most {largest:.1e} over all {len(ours['losses'])}",
+        ]
+    )
+
+
+def aligned(rows):
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def step_time(run):
+    """Median, the first steps left out when there are enough others: they allocate and warm up."""
+    return statistics.median(run["seconds"][3:] or run["seconds"])
+
+
+def loss_difference(runs, steps=None):
+    ours, ordinary = (torch.tensor(run["losses"][:steps]) for run in runs.values())
+    return float((ours - ordinary).abs().max())  # torch's max passes a NaN on, Python's may not
+
+
+def check(tasks, runs, learned=True):
+    problems = []
+    if not loss_difference(runs, 1) <= FIRST_LOSS_TOLERANCE:
+        problems.append(f"the first losses differ by {loss_difference(runs, 1):.1e}, more than {FIRST_LOSS_TOLERANCE:.0e}")
+    for way, run in runs.items() if learned else ():
+        for task, metric in zip(tasks, run["metrics"]):
+            bar = MIN_R2 if task.is_regression else task.baseline() + MIN_ACCURACY_OVER_BASELINE
+            if not metric >= bar:
+                problems.append(f"{way}: {task.name} did not learn: held out {metric:.3f}, at least {bar:.3f} expected")
+    return problems
+
+
+def plot(tasks, runs, path):
+    """Loss curves of each task, both runs overlaid, and held-out metrics beside the baseline."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = 4
+    rows = -(-len(tasks) // columns)
+    figure = pyplot.figure(figsize=(3.4 * columns, 2.4 * rows + 3.2), layout="constrained")
+    grid = figure.add_gridspec(rows + 1, columns, height_ratios=[1] * rows + [1.3])
+    styles = {"mtkernels": {"color": "tab:blue", "lw": 1.8}, "ordinary": {"color": "tab:orange", "lw": 1.2, "ls": (0, (3, 3))}}
+    for j, task in enumerate(tasks):
+        axes = figure.add_subplot(grid[j // columns, j % columns])
+        for way, run in runs.items():
+            axes.plot(range(1, len(run["losses"]) + 1), [step[j] for step in run["losses"]], label=TITLES[way], **styles[way])
+        kind = "squared error" if task.is_regression else f"{len(task.classes)} classes"
+        axes.set_title(f"{task.name}: {kind}, rank {task.rank}", fontsize=9)
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
+        axes.set_xlabel("step", fontsize=8)
+        axes.tick_params(labelsize=8)
+    axes = figure.add_subplot(grid[rows, :])
+    bars = [*((TITLES[way], run["metrics"], styles[way]["color"]) for way, run in runs.items()), ("baseline", [t.baseline() for t in tasks], "lightgrey")]
+    for i, (label, heights, color) in enumerate(bars):
+        drawn = axes.bar([j + 0.27 * (i - 1) for j in range(len(tasks))], heights, 0.25, label=label, color=color)
+        axes.bar_label(drawn, fmt="%.2f", fontsize=7)
+    axes.set_xticks(range(len(tasks)), [f"{t.name}\n{'R2' if t.is_regression else 'accuracy'}" for t in tasks], fontsize=8)
+    axes.set_ylim(0, 1.1)
+    axes.set_title("held out", fontsize=9)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=9, frameon=False)
+    pyplot.close(figure)
+    figure.savefig(path, dpi=130)

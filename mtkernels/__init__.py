@@ -1,0 +1,37 @@
+"""mtkernels: kernels for batched heterogeneous LoRA and per-task losses as PyTorch ops.
+
+One idea carries the package: rows grouped by an id. An adapter and a task are each a group; a GroupPlan says which rows
+belong to which group, and every kernel reads the same plan.
+"""
+
+from pathlib import Path
+
+_root = Path(__file__).resolve().parent
+if not (_root / "triton_kernels").is_dir():  # a checkout: triton_kernels/ and bench/ sit beside mtkernels/
+    __path__.append(str(_root.parent))
+
+from ._backends import backend, explain
+from .bank import LoraBank
+from .integrations import adapters, checkpoint_context, disable, enable
+from .nn import TaskLoss
+from .ops import group_plan, lora_delta, lora_linear, task_cross_entropy, task_reduce
+from .plan import GroupPlan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GroupPlan",
+    "LoraBank",
+    "TaskLoss",
+    "adapters",
+    "backend",
+    "checkpoint_context",
+    "disable",
+    "enable",
+    "explain",
+    "group_plan",
+    "lora_delta",
+    "lora_linear",
+    "task_cross_entropy",
+    "task_reduce",
+]

@@ -1,0 +1,1 @@
+"""Run, check and measure GPU kernels on a machine without a GPU."""

@@ -1,0 +1,5 @@
+"""Losses for training loops."""
+
+from .loss import TaskLoss, TaskStats
+
+__all__ = ["TaskLoss", "TaskStats"]

@@ -1,0 +1,21 @@
+"""The ops, one stem each: `ops/X.py`, `reference/X.py`, `triton_kernels/X.py`, `csrc/cpu/X.cpp`, `tests/test_X.py`, `bench/bench_X.py`."""
+
+from .group_plan import group_plan
+from .lora import lora_delta, lora_linear
+from .task_cross_entropy import task_cross_entropy
+from .task_reduce import task_reduce
+
+STEMS = {
+    "group_plan": ("group_plan",),
+    "lora": ("lora_linear", "lora_delta"),
+    "task_reduce": ("task_reduce",),
+    "task_cross_entropy": ("task_cross_entropy",),
+}
+
+
+def stem_of(name):
+    """The stem of a public function or of a stem itself."""
+    for stem, functions in STEMS.items():
+        if name == stem or name in functions:
+            return stem
+    raise ValueError(f"no op {name!r}; there are {', '.join(f for fs in STEMS.values() for f in fs)}")

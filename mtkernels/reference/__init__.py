@@ -1,0 +1,1 @@
+"""Plain-torch specification of every op: any float dtype, no cleverness. Also the fallback where no kernel runs."""
