@@ -98,10 +98,11 @@ class BuildKernels(build_ext):
         else:
             command = [cxx, *FLAGS, *CXX_FLAGS, f"-I{TORCH / 'include'}", *(["-DMTKERNELS_CUDA"] if NVCC else [])]
         command += ["-c", source, "-o", str(out)]
-        print(" ".join(command) + "\n", end="", flush=True)
+        print(f"{command[0]} {source}\n", end="", flush=True)
         try:
             subprocess.run(command, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
+            print(*command, flush=True)
             without = "cpu builds without CUDA kernels" if source.endswith(".cu") else "0 installs without compiled kernels"
             status = getattr(error, "returncode", error)
             raise SystemExit(f"mtkernels: {source} did not compile ({status}); MTKERNELS_BUILD_EXT={without}") from error

@@ -27,7 +27,6 @@ import torch.nn.functional as F
 from encoder import PaddedHead, build_model, encode, pack, tokenize
 
 import mtkernels as mtk
-from mtkernels.integrations import adapters, enable
 
 
 class Mixed:
@@ -35,10 +34,10 @@ class Mixed:
 
     def __init__(self, model, head, tasks, device):
         self.model, self.head, self.device = model, head, device
-        enable(model, train=[task.name for task in tasks])
+        mtk.enable(model, train=[task.name for task in tasks])
 
     def logits(self, batch):
-        with adapters(batch.task_of_token):
+        with mtk.adapters(batch.task_of_token):
             hidden = encode(self.model, batch)
         return self.head(hidden, batch.task_ids)
 
@@ -182,6 +181,8 @@ def main():
         if run.returncode:
             sys.exit(f"the {way} run failed (exit status {run.returncode})")
     runs = {way: json.loads((args.out / f"{way}.json").read_text()) for way in WAYS}
+    for way in WAYS:
+        (args.out / f"{way}.json").unlink()  # all of it goes into results.json
     problems = report.write(args, load_tasks(args.tasks), runs)
     sys.exit("\n".join(problems) if problems else 0)
 

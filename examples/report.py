@@ -84,7 +84,7 @@ def first_and_last(run, j):
 
 
 def table(tasks, runs):
-    header = ["task", "classes", "rank", "rows", *(f"{way} loss" for way in runs), *(f"{way} held out" for way in runs), "baseline"]
+    header = ["task", "classes", "rank", "train rows", *(f"{way} loss" for way in runs), *(f"{way} held out" for way in runs), "baseline"]
     lines = []
     for j, task in enumerate(tasks):
         losses = ["{:.3f} -> {:.3f}".format(*first_and_last(run, j)) for run in runs.values()]
@@ -139,35 +139,53 @@ def check(tasks, runs, learned=True):
     return problems
 
 
+STYLES = {"mtkernels": {"color": "tab:blue", "lw": 2}, "ordinary": {"color": "tab:orange", "lw": 1.2, "ls": (0, (3, 3))}}
+
+
 def plot(tasks, runs, path):
-    """Loss curves of each task, both runs overlaid, and held-out metrics beside the baseline."""
+    """Loss curves of each task, both runs overlaid; seconds per step; held-out metrics beside the baseline."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     columns = 4
-    rows = -(-len(tasks) // columns)
+    rows = len(tasks) // columns + 1
     figure = pyplot.figure(figsize=(3.4 * columns, 2.4 * rows + 3.2), layout="constrained")
     grid = figure.add_gridspec(rows + 1, columns, height_ratios=[1] * rows + [1.3])
-    styles = {"mtkernels": {"color": "tab:blue", "lw": 1.8}, "ordinary": {"color": "tab:orange", "lw": 1.2, "ls": (0, (3, 3))}}
+    cells = [figure.add_subplot(grid[j // columns, j % columns]) for j in range(len(tasks) + 1)]
     for j, task in enumerate(tasks):
-        axes = figure.add_subplot(grid[j // columns, j % columns])
-        for way, run in runs.items():
-            axes.plot(range(1, len(run["losses"]) + 1), [step[j] for step in run["losses"]], label=TITLES[way], **styles[way])
-        kind = "squared error" if task.is_regression else f"{len(task.classes)} classes"
-        axes.set_title(f"{task.name}: {kind}, rank {task.rank}", fontsize=9)
-        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
-        axes.set_xlabel("step", fontsize=8)
-        axes.tick_params(labelsize=8)
-    axes = figure.add_subplot(grid[rows, :])
-    bars = [*((TITLES[way], run["metrics"], styles[way]["color"]) for way, run in runs.items()), ("baseline", [t.baseline() for t in tasks], "lightgrey")]
+        _plot_losses(cells[j], task, {way: [step[j] for step in run["losses"]] for way, run in runs.items()})
+    _plot_step_times(cells[-1], runs)
+    held_out = figure.add_subplot(grid[rows, :])
+    _plot_held_out(held_out, tasks, runs)
+    figure.legend(*held_out.get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=9, frameon=False)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _plot_losses(axes, task, losses):
+    for way, curve in losses.items():
+        axes.plot(range(1, len(curve) + 1), curve, **STYLES[way])
+    kind = "squared error" if task.is_regression else f"cross entropy, {len(task.classes)} classes"
+    axes.set_title(f"{task.name}: {kind}, rank {task.rank}", fontsize=8)
+    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
+    axes.tick_params(labelsize=8)
+
+
+def _plot_step_times(axes, runs):
+    drawn = axes.bar(list(runs), [step_time(run) for run in runs.values()], 0.5, color=[STYLES[way]["color"] for way in runs])
+    axes.bar_label(drawn, fmt="%.2f", fontsize=8)
+    axes.margins(x=0.4, y=0.2)
+    axes.set_title("seconds per step (median)", fontsize=8)
+    axes.tick_params(labelsize=8)
+
+
+def _plot_held_out(axes, tasks, runs):
+    bars = [*((TITLES[way], run["metrics"], STYLES[way]["color"]) for way, run in runs.items()), ("baseline", [t.baseline() for t in tasks], "lightgrey")]
     for i, (label, heights, color) in enumerate(bars):
         drawn = axes.bar([j + 0.27 * (i - 1) for j in range(len(tasks))], heights, 0.25, label=label, color=color)
         axes.bar_label(drawn, fmt="%.2f", fontsize=7)
     axes.set_xticks(range(len(tasks)), [f"{t.name}\n{'R2' if t.is_regression else 'accuracy'}" for t in tasks], fontsize=8)
-    axes.set_ylim(0, 1.1)
+    axes.set_ylim(top=1.1)
     axes.set_title("held out", fontsize=9)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=9, frameon=False)
-    pyplot.close(figure)
-    figure.savefig(path, dpi=130)

@@ -92,8 +92,8 @@ def _options(kernel, device, compute):
     return launch_options("lora", kernel, arch_of(device), 32 if compute == torch.float32 else 16)
 
 
-def _rank_tiles(factors):
-    return max(1, cdiv(factors.max_rank, _MAX_BLOCK_R))
+def _rank_tiles(factors, block_r=_MAX_BLOCK_R):
+    return max(1, cdiv(factors.max_rank, block_r))
 
 
 def lora_fwd(x, A, B, bias, scale, threshold, seeds, offsets, perm, tiles, step, site, dropout, y):
@@ -170,7 +170,7 @@ def _launch_factor_grads(dy, x, s, ds, plan, adapters, site, dropout, partial, f
     options = _options("factor_grad", dy.device, s.dtype)
     (n_rows, d_in), d_out = x.shape, dy.shape[1]
     column_tiles = cdiv(d_in, options["BLOCK_W"]) + cdiv(d_out, options["BLOCK_W"])
-    grid = (cdiv(n_rows, _CHUNK) + factors.n_adapters, column_tiles, _rank_tiles(factors))
+    grid = (cdiv(n_rows, _CHUNK) + factors.n_adapters, column_tiles, _rank_tiles(factors, 64))
     _lora_factor_grad_kernel[grid](
         x, x.stride(0), dy, dy.stride(0), s, ds, *plan, *adapters, _site(site),
         partial, factors.partial_stride,

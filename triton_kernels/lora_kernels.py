@@ -27,7 +27,7 @@ def _load_factor(table_ptr, field, n_adapters, adapter, FACTOR: tl.constexpr, AL
 
 @triton.jit
 def _load_rank(table_ptr, n_adapters, adapter, RANK_ALIGN: tl.constexpr):
-    return tl.multiple_of(tl.load(table_ptr + 3 * n_adapters + adapter), RANK_ALIGN)
+    return tl.multiple_of(tl.load(table_ptr + 3 * n_adapters + adapter).to(tl.int32), RANK_ALIGN)
 
 
 @triton.jit
@@ -44,16 +44,18 @@ def _shrink_tile(
 ):  # fmt: skip
     """s[m, r] = alpha * sum_k keep[m, k] rows[m, k] factor[r, k]; p_row and p_s [M, 1] point at rows."""
     compute: tl.constexpr = p_s.dtype.element_ty
-    o_r, o_k = rank0 + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
-    m_r = o_r[None, :] < rank
-    p_factor += o_r[None, :] * stride_r + o_k[:, None] * stride_c
+    o_r, o_k = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
+    m_r = o_r[None, :] < rank - rank0
+    p_factor += tl.cast(rank0, tl.int64) * stride_r
+    p_s += rank0
     acc = tl.zeros([p_row.shape[0], BLOCK_R], tl.float32)
     for k in range(0, n_cols, BLOCK_K):
         m_k = o_k < n_cols - k
         # [M, K]
         b_x = tl.load(p_row + (k + o_k[None, :]), mask=m_row[:, None] & m_k[None, :], other=0.0)
         # [K, R]
-        b_w = tl.load(p_factor + k * stride_c, mask=m_k[:, None] & m_r, other=0.0)
+        p_w = p_factor + tl.cast(k, tl.int64) * stride_c + (o_r[None, :] * stride_r + o_k[:, None] * stride_c)
+        b_w = tl.load(p_w, mask=m_k[:, None] & m_r, other=0.0)
         if DROPOUT:
             b_x = tl.where(dropout_keep(seed, uid, k, site, step, threshold, BLOCK_K), b_x, 0.0)
         acc = tl.dot(b_x.to(compute), b_w.to(compute), acc, input_precision="ieee")
@@ -80,7 +82,7 @@ def _lora_shrink_kernel(
     o_j = begin + (tile - tl.load(p_tiles + adapter)) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_row = o_j < end
     p_s = s_ptr + o_j[:, None].to(tl.int64) * max_rank
-    rank = tl.zeros((), tl.int64)
+    rank = tl.zeros((), tl.int32)
     if adapter < n_adapters:
         rank = _load_rank(table_ptr, n_adapters, adapter, RANK_ALIGN)
     if not BACKWARD:
@@ -98,7 +100,7 @@ def _lora_shrink_kernel(
         alpha, stride_r, stride_c = tl.load(scale_ptr + adapter), 1, rank
     else:
         p_factor = _load_factor(table_ptr, 0, n_adapters, adapter, FACTOR, ALIGNED)
-        alpha, stride_r, stride_c = dropout_scale(threshold, DROPOUT), tl.cast(width, tl.int64), 1
+        alpha, stride_r, stride_c = dropout_scale(threshold, DROPOUT), width, 1
     for b in tl.static_range(4):
         if BUCKETS & (1 << b):
             if _bucket(rank) == b:
@@ -106,7 +108,7 @@ def _lora_shrink_kernel(
                     p_row, m_row, p_factor, stride_r, stride_c, rank, rank0, width,
                     alpha, o_j - begin, seed, step, site, threshold,
                     p_s,
-                    DROPOUT, 16 << b, BLOCK_K,
+                    DROPOUT, 16 << b, BLOCK_K if b < 3 else BLOCK_K // 2,
                 )  # fmt: skip
 
 
@@ -122,14 +124,15 @@ def _expand_tile(
     o_n, o_r = column + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
     m_n = o_n < n_cols
     b_y = tl.load(p_y, mask=m_y, other=0.0)
-    p_factor += o_r[:, None] * stride_r + o_n[None, :] * stride_c
+    p_factor += tl.cast(column, tl.int64) * stride_c
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for r in tl.range(0, rank, BLOCK_R, num_stages=1):
         m_r = o_r < rank - r
         # [M, R]
         b_s = tl.load(p_s + (r + o_r[None, :]), mask=m_row[:, None] & m_r[None, :], other=0.0)
         # [R, N]
-        b_w = tl.load(p_factor + r * stride_r, mask=m_r[:, None] & m_n[None, :], other=0.0)
+        p_w = p_factor + tl.cast(r, tl.int64) * stride_r + (o_r[:, None] * stride_r + (o_n - column)[None, :] * stride_c)
+        b_w = tl.load(p_w, mask=m_r[:, None] & m_n[None, :], other=0.0)
         acc = tl.dot(b_s, b_w.to(b_s.dtype), acc, input_precision="ieee")
     if DROPOUT:
         acc = tl.where(dropout_keep(seed, uid, column, site, step, threshold, BLOCK_N), acc, 0.0)
@@ -168,7 +171,7 @@ def _expand_program(
             seed, step = tl.load(seeds_ptr + adapter), tl.load(step_ptr)
             if BACKWARD:
                 p_factor = _load_factor(table_ptr, 0, n_adapters, adapter, FACTOR, ALIGNED)
-                alpha, stride_r, stride_c = dropout_scale(threshold, DROPOUT), tl.cast(width, tl.int64), 1
+                alpha, stride_r, stride_c = dropout_scale(threshold, DROPOUT), width, 1
             else:
                 p_factor = _load_factor(table_ptr, 1, n_adapters, adapter, FACTOR, ALIGNED)
                 alpha, stride_r, stride_c = tl.load(scale_ptr + adapter), 1, rank
@@ -179,7 +182,7 @@ def _expand_program(
                             p_y, m_row[:, None] & (o_n[None, :] < width), p_s, m_row,
                             p_factor, stride_r, stride_c, p_bias, rank, column, width,
                             alpha, o_j - begin, seed, step, site, threshold,
-                            HAS_BIAS, DROPOUT, 16 << b,
+                            HAS_BIAS, DROPOUT, 16 << b if b < 3 else 64,
                         )  # fmt: skip
 
 
@@ -205,8 +208,8 @@ def _lora_expand_kernel(
 @triton.jit
 def _partial_parts(rank, d_in, d_out):
     """First elements of dB and dbias in a slot; dA starts at 0."""
-    dB = tl.cdiv(rank * d_in, PARTIAL_ALIGN) * PARTIAL_ALIGN
-    return dB, dB + tl.cdiv(rank * d_out, PARTIAL_ALIGN) * PARTIAL_ALIGN
+    dB = tl.cdiv(rank.to(tl.int64) * d_in, PARTIAL_ALIGN) * PARTIAL_ALIGN
+    return dB, dB + tl.cdiv(rank.to(tl.int64) * d_out, PARTIAL_ALIGN) * PARTIAL_ALIGN
 
 
 @triton.jit
@@ -232,24 +235,26 @@ def _factor_grad_tile(
     """grad[c, r] = alpha * sum_j keep[j, c] wide[perm[j], c] s[j, r] over one chunk, and for a bias sum_j wide."""
     o_c, o_r = column + tl.arange(0, BLOCK_W), rank0 + tl.arange(0, BLOCK_R)
     m_c, m_r = o_c < n_cols, o_r < rank
+    s_ptr += begin.to(tl.int64) * max_rank
+    perm_ptr += begin
     acc = tl.zeros([BLOCK_W, BLOCK_R], tl.float32)
     acc_bias = tl.zeros([BLOCK_W], tl.float32)
     for j in range(0, n_rows, BLOCK_J):
         o_j = j + tl.arange(0, BLOCK_J)
         m_j = o_j < n_rows
-        b_t = tl.load(perm_ptr + begin + o_j, mask=m_j, other=0).to(tl.int64)
+        b_t = tl.load(perm_ptr + o_j, mask=m_j, other=0).to(tl.int64)
         # [J, W]
         p_wide = wide_ptr + b_t[:, None] * stride_wide + o_c[None, :]
         b_wide = tl.load(p_wide, mask=m_j[:, None] & m_c[None, :], other=0.0)
         # [J, R]
-        p_s = s_ptr + (begin + o_j)[:, None].to(tl.int64) * max_rank + o_r[None, :]
+        p_s = s_ptr + (o_j[:, None] * max_rank + o_r[None, :])
         b_s = tl.load(p_s, mask=m_j[:, None] & m_r[None, :], other=0.0)
         if DROPOUT:
             b_wide = tl.where(dropout_keep(seed, uid0 + o_j, column, site, step, threshold, BLOCK_W), b_wide, 0.0)
         if HAS_BIAS:
             acc_bias += tl.sum(b_wide.to(tl.float32), axis=0)
         acc = tl.dot(tl.trans(b_wide.to(b_s.dtype)), b_s, acc, input_precision="ieee")
-    o_grad = o_c[:, None] * stride_c + o_r[None, :] * stride_r
+    o_grad = o_c[:, None].to(tl.int64) * stride_c + o_r[None, :].to(tl.int64) * stride_r
     m_grad = m_c[:, None] & m_r[None, :]
     if one_chunk:
         tl.store(p_grad + o_grad, (acc * alpha).to(p_grad.dtype.element_ty), mask=m_grad)
@@ -273,8 +278,11 @@ def _lora_factor_grad_kernel(
     FACTOR: tl.constexpr, ALIGNED: tl.constexpr, RANK_ALIGN: tl.constexpr,
     TILE_INDEX: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of rows: dA = dS^T (M o x) in the first cdiv(D, BLOCK_W) column tiles, dB = scale dy^T s in the rest."""
-    tile, column_tile, rank0 = tl.program_id(0), tl.program_id(1), tl.program_id(2) * 128
+    """One chunk of rows: dA = dS^T (M o x) in the first cdiv(D, BLOCK_W) column tiles, dB = scale dy^T s in the rest.
+
+    The accumulator is wide in both dimensions, so ranks above 64 go in tiles of 64.
+    """
+    tile, column_tile, rank0 = tl.program_id(0), tl.program_id(1), tl.program_id(2) * 64
     p_tiles = tiles_ptr + TILE_INDEX * (n_adapters + 1)
     adapter = group_of_tile(p_tiles, n_adapters, tile)
     if adapter >= n_adapters:
@@ -295,16 +303,16 @@ def _lora_factor_grad_kernel(
     threshold = tl.load(threshold_ptr + adapter)
     seed, step = tl.load(seeds_ptr + adapter), tl.load(step_ptr)
     n_tiles_in = tl.cdiv(d_in, BLOCK_W)
-    for b in tl.static_range(4):
-        if BUCKETS & (1 << b):
-            if _bucket(rank) == b:
+    for b in tl.static_range(3):
+        if BUCKETS & (12 if b == 2 else 1 << b):
+            if tl.minimum(_bucket(rank), 2) == b:
                 if column_tile < n_tiles_in:
                     _factor_grad_tile(
                         x_ptr, stride_x, ds_ptr, max_rank, perm_ptr, begin, n_rows,
                         column_tile * BLOCK_W, d_in, rank, rank0,
                         dropout_scale(threshold, DROPOUT), chunk * CHUNK_ROWS, seed, step, site, threshold,
                         _load_factor(table_ptr, 4, n_adapters, adapter, FACTOR, ALIGNED), p_partial,
-                        p_dbias, p_partial, one_chunk, tl.cast(d_in, tl.int64), 1,
+                        p_dbias, p_partial, one_chunk, d_in, 1,
                         False, DROPOUT, 16 << b, BLOCK_J, BLOCK_W,
                     )  # fmt: skip
                 else:
@@ -330,8 +338,8 @@ def _sum_chunks_program(
     dB, dbias = _partial_parts(rank, d_in, d_out)
     p_dbias = _load_factor(table_ptr, 6, n_adapters, adapter, FACTOR, ALIGNED)
     o_e = block.to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
-    m_dA = o_e < rank * d_in
-    m_dB = (o_e >= dB) & (o_e < dB + rank * d_out)
+    m_dA = o_e < rank.to(tl.int64) * d_in
+    m_dB = (o_e >= dB) & (o_e < dB + rank.to(tl.int64) * d_out)
     m_dbias = (o_e >= dbias) & (o_e < dbias + d_out) & (p_dbias.to(tl.int64) != 0)
     n_chunks = tl.cdiv(tl.load(offsets_ptr + adapter + 1) - tl.load(offsets_ptr + adapter), CHUNK_ROWS)
     if n_chunks != 1:

@@ -13,11 +13,6 @@ constexpr int64_t kRows = 72;
 constexpr int64_t kBlockFloats = kRows * kBlockStride;
 // Rows are read and written this many columns at a stretch: long enough for the hardware prefetcher, which whole rows of other pages interrupt.
 constexpr int64_t kWide = 1024;
-// From this rank on, arithmetic outweighs the traffic of the rows, and a panel is kept in L1 for all rows instead.
-#ifndef SWEEP
-#define SWEEP 32
-#endif
-constexpr int64_t kSweepRanks = SWEEP;
 constexpr int64_t kWideBlocks = kWide / kBlock;
 
 #if defined(MTK_ISA_AVX512)
@@ -195,14 +190,10 @@ static inline void expand_rows(T* const* out, int64_t m, int64_t col, int64_t co
 template <class T>
 static inline void expand_block(T* const* out, int64_t m, int64_t col, int64_t cols, const float* s, int64_t s_stride, const float* panel,
                                 int64_t rank, float factor, const uint8_t* keep, int64_t keep_stride) {
-  const int64_t step = rank < kSweepRanks ? cols : kPanel;
-  for (int64_t j = 0; j < cols; j += step) {
-    const int64_t n = cols - j < step ? cols - j : step;
-    if (keep) {
-      expand_rows<T, kExpandRows, true>(out, m, col + j, n, s, s_stride, panel + j * rank, rank, factor, keep + j / 8, keep_stride);
-    } else {
-      expand_rows<T, kExpandRows, false>(out, m, col + j, n, s, s_stride, panel + j * rank, rank, factor, nullptr, 0);
-    }
+  if (keep) {
+    expand_rows<T, kExpandRows, true>(out, m, col, cols, s, s_stride, panel, rank, factor, keep, keep_stride);
+  } else {
+    expand_rows<T, kExpandRows, false>(out, m, col, cols, s, s_stride, panel, rank, factor, nullptr, 0);
   }
 }
 

@@ -8,14 +8,16 @@ namespace mtk::cpu::MTK_ISA {
 
 static_assert(kItemCols % kBlock == 0, "items own whole blocks");
 
-#define MTK_WITH_TYPE(element, T, ...)                                   \
+#define MTK_WITH_TYPE(element, T, ...)                          \
   switch (element) {                                                     \
     case Element::f32: { using T = float; __VA_ARGS__; } break;          \
     case Element::bf16: { using T = bf16; __VA_ARGS__; } break;          \
     case Element::f16: { using T = f16; __VA_ARGS__; } break;            \
   }
 
-MTK_INLINE void fill_zero(float* p, int64_t n) { std::memset(p, 0, static_cast<size_t>(n) * sizeof(float)); }
+MTK_INLINE void fill_zero(float* p, int64_t n) {
+  if (n > 0) std::memset(p, 0, static_cast<size_t>(n) * sizeof(float));
+}
 
 // Scratch of one item, carved from the worker's buffer in cache-line steps.
 struct Arena {
@@ -71,7 +73,7 @@ static void finish_s(const LoraCall& call, const LoraItem& item, const float* ac
     MTK_WITH_TYPE(call.s_type, T, {
       T* row = static_cast<T*>(call.s.data) + (a.first_row + i) * call.s.stride;
       copy_out(s, a.rank, 1.f, row);
-      std::memset(static_cast<void*>(row + a.rank), 0, static_cast<size_t>(call.s_cols - a.rank) * sizeof(T));
+      if (call.s_cols > a.rank) std::memset(static_cast<void*>(row + a.rank), 0, static_cast<size_t>(call.s_cols - a.rank) * sizeof(T));
     });
     for (int64_t j = 0; j < s_stride; j += kWidth) vstore(s + j, vmul(vload(s + j), vset(a.scale)));
     if (a.bias) s[a.rank] = a.scale;
@@ -163,9 +165,24 @@ MTK_INLINE void sum_partials(const float* partial, int64_t groups, int64_t ranks
     }
 }
 
+// Exact zeros for the columns of an adapter that has no rows.
+static void zero_B(const LoraCall& call, const LoraAdapter& a, int64_t col0, int64_t cols) {
+  MTK_WITH_TYPE(call.factor_type, T, {
+    if (a.rank) std::memset(static_cast<T*>(a.dB) + col0 * a.rank, 0, static_cast<size_t>(cols * a.rank) * sizeof(T));
+    if (a.bias) std::memset(static_cast<T*>(a.dbias) + col0, 0, static_cast<size_t>(cols) * sizeof(T));
+  });
+}
+
+static void zero_A(const LoraCall& call, const LoraAdapter& a, int64_t col0, int64_t cols) {
+  MTK_WITH_TYPE(call.factor_type, T, {
+    for (int64_t r = 0; r < a.rank; ++r) std::memset(static_cast<T*>(a.dA) + r * call.D + col0, 0, static_cast<size_t>(cols) * sizeof(T));
+  });
+}
+
 // Planes of dS from columns [col0, col1) of dy, and those columns of dB^T and dbias. col0 begins a plane.
 static void backward_dy(const LoraCall& call, const LoraItem& item, float* scratch) {
   const LoraAdapter& a = *item.adapter;
+  if (a.n_rows == 0) return zero_B(call, a, item.col0, item.col1 - item.col0);
   const int64_t lanes = round_up(a.rank, kWidth), s_stride = rank_stride(a.ranks());
   Arena arena{scratch};
   float* blocks = Arena::take(&arena, kWideBlocks * kBlockFloats);
@@ -177,7 +194,6 @@ static void backward_dy(const LoraCall& call, const LoraItem& item, float* scrat
     for (int64_t c = 0; c < cols; c += kBlock)
       MTK_WITH_TYPE(call.factor_type, T,
                     pack_dot_panel(at<T>(a.B, (col + c) * a.rank), a.rank, 1, least(kBlock, cols - c), a.rank, panel + c * s_stride));
-    if (item.row0 == item.row1) fill_zero(g, kWide * s_stride);
     for (int64_t i = item.row0; i < item.row1; i += kRows) {
       const int64_t m = least(kRows, item.row1 - i);
       pack_block(call.x_type, call.dy, a.rows + i, m, col, cols, blocks, nullptr, 0);
@@ -205,6 +221,7 @@ static void backward_dy(const LoraCall& call, const LoraItem& item, float* scrat
 // Columns [col0, col1) of dA and dx.
 static void backward_x(const LoraCall& call, const LoraItem& item, float* scratch) {
   const LoraAdapter& a = *item.adapter;
+  if (a.n_rows == 0) return zero_A(call, a, item.col0, item.col1 - item.col0);
   const int64_t s_stride = rank_stride(a.rank);
   Arena arena{scratch};
   float* blocks = Arena::take(&arena, kWideBlocks * kBlockFloats);
@@ -216,7 +233,6 @@ static void backward_x(const LoraCall& call, const LoraItem& item, float* scratc
   for (int64_t col = item.col0; col < item.col1; col += kWide) {
     const int64_t cols = least(kWide, item.col1 - col);
     if (call.dx.data) MTK_WITH_TYPE(call.factor_type, T, pack_expand_panel(at<T>(a.A, col), call.D, 1, a.rank, a.rank, cols, panel));
-    if (item.row0 == item.row1) fill_zero(g, kWide * s_stride);
     for (int64_t i = item.row0; i < item.row1; i += kRows) {
       const int64_t m = least(kRows, item.row1 - i);
       load_ds(call, a, i, m, s, s_stride);

@@ -6,6 +6,9 @@ import weakref
 from contextlib import contextmanager, nullcontext
 
 import torch
+from torch._compile import _disable_dynamo  # torch.compiler.disable, without importing dynamo for seconds
+from torch._guards import TracingContext
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from ..ops import group_plan
 from ..plan import as_step
@@ -152,7 +155,7 @@ class EnabledModel:
         seed = self.seeds.get(name)
         return self.draw_seed(name) if seed is None else seed
 
-    @torch.compiler.disable
+    @_disable_dynamo
     def draw_seed(self, name):
         self.seeds[name] = int(torch.randint(-(2**63), 2**63 - 1, ()))
         return self.seeds[name]
@@ -188,8 +191,8 @@ def _one_group(n_rows, device):
 class AdapterBatch:
     """The context manager behind `adapters`: one micro-batch, whose plan and dropout counter live as long as it does."""
 
-    def __init__(self, ids, models=None, check_frozen=True):
-        self.ids, self._models, self._check_frozen = ids, models, check_frozen
+    def __init__(self, ids, models=None):
+        self.ids, self._models = ids, models
         self._views = None
 
     def __enter__(self):
@@ -224,7 +227,7 @@ class AdapterBatch:
         return views
 
     def _require_trainable(self, model, used):
-        if not (self._check_frozen and torch.is_grad_enabled()):
+        if not torch.is_grad_enabled():
             return
         from .peft import trains
 
@@ -264,9 +267,15 @@ def checkpoint_context(context_fn=None):
     model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": mtkernels.checkpoint_context})
     context_fn: another one to run inside, e.g. functools.partial(checkpoint_context, selective_context_fn).
     """
+    if TracingContext.try_get() is not None:  # a compiled region: the plan is in the graph, and only dispatch modes may come back
+        return (context_fn or _recompute_all)()
     views = _local.views or {}
     forward, recompute = (nullcontext(), nullcontext()) if context_fn is None else context_fn()
     return forward, _restored(views, recompute)
+
+
+def _recompute_all():
+    return create_selective_checkpoint_contexts(lambda ctx, op, *args, **kwargs: CheckpointPolicy.MUST_RECOMPUTE)
 
 
 @contextmanager
@@ -330,5 +339,4 @@ def _refuse_recompute(name):
         raise RuntimeError(f"{name}: runs inside backward (a checkpoint's recompute) without the `adapters` of its forward. " + _REMEDY)
 
 
-
-_refuse_compiled = torch.compiler.disable(_refuse_recompute, reason="a model that trained under `adapters` checks at run time that it is not recomputed without them")
+_refuse_compiled = _disable_dynamo(_refuse_recompute)

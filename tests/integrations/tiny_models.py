@@ -4,20 +4,22 @@ import copy
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import Linear
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from mtkernels.integrations import adapters, enable
 
 VOCAB = 64
+IDS = torch.tensor([1, 0, -1, 3, 2, 1])
 TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "bert": ["query", "value", "dense"]}
 
 
 def base_model(kind="llama", **options):
     torch.manual_seed(0)
-    common = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    common = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2) | options
     if kind == "llama":
-        return LlamaForCausalLM(LlamaConfig(**common, num_key_value_heads=2, use_cache=False, **options))
-    return BertForSequenceClassification(BertConfig(**common, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **options))
+        return LlamaForCausalLM(LlamaConfig(**common, num_key_value_heads=2, use_cache=False))
+    return BertForSequenceClassification(BertConfig(**common, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
 
 
 def lora(rank, targets=TARGETS["llama"], **options):
@@ -30,6 +32,10 @@ def wrap(model, configs, dtype=None):
     for i, config in enumerate(configs[1:], 1):
         peft_model.add_adapter(f"ad{i}", config)
     return peft_model if dtype is None else peft_model.to(dtype)
+
+
+def layers(model):
+    return [m for m in model.modules() if isinstance(m, Linear)]
 
 
 def names(model):
