@@ -54,11 +54,6 @@ def cuda_built():
 
 @lru_cache(maxsize=None)
 def fast_16bit(dtype):
-    """Whether torch's own matmul is fast for bfloat16 or float16 on this CPU (AMX or AVX-512 16-bit instructions)."""
-    return bool(ops().cpu_has_fast_16bit(dtype == torch.float16))
-
-
-def fast_16bit(dtype):
     """Whether this CPU multiplies matrices of `dtype` (bfloat16 or float16) at full speed; False without the kernels."""
     return has_op("lora_fwd") and ops().cpu_has_fast_16bit(dtype == torch.float16)
 

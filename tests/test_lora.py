@@ -169,6 +169,18 @@ def test_gradients_reach_generated_factors(way):
     torch.testing.assert_close(*(torch.autograd.grad(loss(b), code)[0] for b in (way.backend, "reference")), rtol=1e-4, atol=1e-4)
 
 
+def test_frozen_adapters_still_pass_the_gradient_to_x(way):
+    bank, A, B = bank_and_leaves([4, 2], 8, 6, way, dropout=0.5)
+    x, weight = torch.randn(3, 8, device=way.device, requires_grad=True), torch.randn(6, 8, device=way.device)
+    plan = mtk.group_plan(torch.tensor([1, -1, 0], device=way.device), 2, backend=way.backend)
+    upstream, grads = torch.randn(3, 6, device=way.device), []
+    for trainable in (True, False):
+        for t in (*A, *B):
+            t.requires_grad_(trainable)
+        grads.append(torch.autograd.grad(mtk.lora_linear(x, weight, None, bank, plan, backend=way.backend), x, upstream)[0])
+    assert torch.equal(*grads)
+
+
 def test_saved_for_backward_is_x_and_s():
     bank, A, B = bank_and_leaves([4, 16], 256, 256, type("W", (), {"device": "cpu"}), dropout=0.1)
     x, weight = torch.randn(512, 256, requires_grad=True), torch.randn(256, 256)

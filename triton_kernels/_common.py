@@ -114,11 +114,11 @@ def config_arch(target: str) -> str:
     return _ARCHS.get(target, "default")
 
 
-def compile_case(name, kernel, types, options, tensor_cores=False, **constexprs) -> CompileCase:
+def compile_case(name, kernel, types, options, tensor_cores=False, unaligned=(), **constexprs) -> CompileCase:
     """Case whose `*_ptr` arguments take `types` and whose other run-time arguments are i32."""
     constexprs |= {k: v for k, v in options.items() if k not in _LAUNCH_KEYS}
     signature = {a: "constexpr" if a in constexprs else types.get(a, "i32") for a in kernel.arg_names}
-    sizes = _ALIGNED_SIZES | {a for a in signature if a.startswith("stride_")}
+    sizes = (_ALIGNED_SIZES | {a for a in signature if a.startswith("stride_")}) - set(unaligned)
     aligned = tuple(a for a, t in signature.items() if t.startswith("*") or (t == "i32" and a in sizes))
     launch = {k: options[k] for k in _LAUNCH_KEYS}
     return CompileCase(name, kernel, signature, constexprs, launch, tensor_cores, aligned)

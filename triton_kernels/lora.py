@@ -196,10 +196,13 @@ def _launch_finish(dx, d_in, d_out, ds, plan, adapters, site, dropout, partial, 
 
 
 def compile_cases(arch):
-    """bf16 and float32, each with the narrowest and the widest rank bucket; the branches between need less."""
+    """bf16 and float32; ranks that are all multiples of 8, and any ranks (`.ragged`), which take the most registers.
+
+    Each with the narrowest and the widest rank bucket: the branches between need less.
+    """
     kernels = dict(shrink=_lora_shrink_kernel, ds=_lora_shrink_kernel, expand=_lora_expand_kernel)
     kernels |= dict(factor_grad=_lora_factor_grad_kernel, finish=_lora_bwd_finish_kernel)
-    for dtype, bits in (("bf16", 16), ("fp32", 32)):
+    for bits, dtype, factor in ((16, "bf16", tl.bfloat16), (32, "fp32", tl.float32)):
         types = {a: f"*{dtype}" for k in kernels.values() for a in k.arg_names if a.endswith("_ptr")}
         types |= dict.fromkeys(("perm_ptr", "offsets_ptr", "tiles_ptr", "threshold_ptr"), "*i32")
         types |= dict.fromkeys(("table_ptr", "seeds_ptr", "step_ptr"), "*i64")
@@ -207,11 +210,13 @@ def compile_cases(arch):
         for name, kernel in kernels.items():
             config = {"ds": "shrink", "finish": "expand"}.get(name, name)
             options = launch_options("lora", config, arch, bits)
-            rows = options.get("BLOCK_M", _CHUNK)
             constexprs = dict(
                 BACKWARD=name == "ds", DROPOUT=name != "ds", HAS_BIAS=True, BUCKETS=0b1001, FILL_R=_MAX_BLOCK_R,
-                FACTOR=getattr(tl, {"bf16": "bfloat16", "fp32": "float32"}[dtype]), ALIGNED=True, RANK_ALIGN=8,
-                TILE_INDEX=tile_index(rows), BLOCK_E=launch_options("lora", "sum_chunks", arch)["BLOCK_E"],
+                FACTOR=factor, ALIGNED=True, RANK_ALIGN=8, TILE_INDEX=tile_index(options.get("BLOCK_M", _CHUNK)),
+                BLOCK_E=launch_options("lora", "sum_chunks", arch)["BLOCK_E"],
             )  # fmt: skip
             constexprs = {k: v for k, v in constexprs.items() if k in kernel.arg_names}
-            yield compile_case(f"lora.{name}.{dtype}", kernel, types, options, tensor_cores=bits == 16, **constexprs)
+            case = functools.partial(compile_case, kernel=kernel, types=types, options=options, tensor_cores=bits == 16)
+            yield case(f"lora.{name}.{dtype}", **constexprs)
+            ragged = {**constexprs, "RANK_ALIGN": 1}
+            yield case(f"lora.{name}.{dtype}.ragged", unaligned=("max_rank", "partial_stride"), **ragged)

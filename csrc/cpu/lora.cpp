@@ -25,7 +25,9 @@ int64_t max_rank(const Tensors& A) {
   return rank;
 }
 
-void check_factor(const char* name, const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> shape) { check_dense(name, t, shape, {dtype}); }
+void check_factor(const char* name, const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> shape) {
+  check_dense(name, t, shape, {dtype});
+}
 
 // Everything shared by the two passes. x is [T, D]; the other side has O columns.
 Plan make_plan(const Tensor& x, int64_t O, const Tensors& A, const Tensors& B, const Tensors& bias, const Tensor& scale,

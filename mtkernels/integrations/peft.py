@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from peft import PeftModel
 from peft.tuners.lora import LoraModel
-from peft.tuners.lora.layer import Linear, LoraLayer, MultiheadAttention, ParamWrapper
+from peft.tuners.lora.layer import Linear, LoraLayer, MultiheadAttention
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn

@@ -135,10 +135,12 @@ class _Lora(torch.autograd.Function):
     @staticmethod
     def grads(ctx, dy, need_dx, need_factors):
         s, *saved = ctx.saved_tensors
-        x = saved.pop() if ctx.has_x else dy.new_empty(0, 0)
+        x = saved.pop() if ctx.has_x else None
         weight = saved.pop() if ctx.has_weight else None
         groups, factors = saved[:7], saved[7:]
         dy = dy.contiguous()
+        if x is None:  # only the factors' gradients read it
+            x = dy.new_empty(1, factors[0].shape[1]).expand(dy.shape[0], -1)
         dx, grads = _bwd_op(dy, x, weight, s, *_split(ctx.counts, factors), *groups, ctx.site, ctx.dropout, need_dx, need_factors, ctx.backend)
         return dy, x, dx if need_dx else None, grads if need_factors else [None] * len(factors)
 
