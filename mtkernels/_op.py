@@ -87,11 +87,12 @@ def _refuse_gradient(name, op):
             )
 
     def run(*args):
-        flat, spec = tree_flatten(args)
-        if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in flat):
-            box = [None]
-            leaves = Refuse.apply(spec, box, *flat)
-            return tree_unflatten(list(leaves), box[0])
+        if torch.is_grad_enabled():
+            flat, spec = tree_flatten(args)
+            if any(isinstance(t, torch.Tensor) and t.requires_grad for t in flat):
+                box = [None]
+                leaves = Refuse.apply(spec, box, *flat)
+                return tree_unflatten(list(leaves), box[0])
         with below_autograd():
             return op(*args)
 

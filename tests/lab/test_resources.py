@@ -16,7 +16,7 @@ def _tested(target, case):
     """The costliest specialisation of each kernel everywhere, the others once."""
     if ".ragged" in case.name:
         return case.tensor_cores or target != "sm_90"
-    return target == "sm_90" if case.name.startswith("lora.") else target != "sm_90"
+    return target == "sm_90" if case.tensor_cores else target != "sm_90" and not case.name.startswith("lora.")
 
 
 CASES = [] if interpreting() else [(t, c) for t in EXPECTED_CORES for c in resources.shipped_cases(t) if _tested(t, c)]

@@ -1,7 +1,7 @@
 """PTX text -> Kernel: instructions with their source lines, labels, parameters and memory symbols."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import PurePath
 
@@ -151,7 +151,7 @@ def _symbols(kernel, text):
 
 
 def _statements(body, first_line):
-    """(PTX line, statement) with comments dropped; a statement ends at ';' and a directive at its line's end."""
+    """(PTX line, statement): instructions, directives, labels, braces of nested scopes and marks around inline asm."""
     pending, start = "", first_line
     for number, line in enumerate(body.split("\n"), first_line):
         line, _, comment = line.partition("//")
@@ -165,37 +165,42 @@ def _statements(body, first_line):
             if not pending:
                 start = number
             pending = f"{pending} {piece}".strip()
-            while match := _LABEL.match(pending):
-                yield number, match.group()
+            while match := _LABEL.match(pending) or re.match(r"[{}]\s*", pending):
+                yield number, match.group().strip()
                 pending = pending[match.end() :]
             if pending.endswith(";"):
                 yield start, pending[:-1].strip()
                 pending = ""
-            elif not re.search(r"[\w%$@]", pending):
-                pending = ""
 
 
 def _instructions(kernel, body, first_line, files):
-    source, in_asm = ("", 0), False
+    source, in_asm, scopes, opened, branches = ("", 0), False, (), 0, []
     for number, statement in _statements(body, first_line):
         if statement.startswith("//"):
             in_asm = statement == "//begin"
+        elif statement in "{}":
+            # Inline asm may reuse a label name in every scope.
+            opened += 1
+            scopes = (*scopes, opened) if statement == "{" else scopes[:-1]
         elif statement.startswith(".loc"):
-            # LLVM counts the lines inside an asm block as if they were source lines.
-            if not in_asm:
-                file, line = statement.split()[1:3]
+            file, line = statement.split()[1:3]
+            # LLVM counts the lines inside an asm block as if they were source lines; line 0 is code of no line.
+            if not in_asm and line != "0":
                 source = files.get(int(file), ""), int(line)
         elif label := _LABEL.match(statement):
-            kernel.labels[label.group(1)] = len(kernel.instructions)
-        else:
-            statement = re.sub(r"^[{}\s]+", "", statement)
-            if match := _INSTRUCTION.match(statement):
-                negated, guard, op, args = match.groups()
-                kernel.instructions.append(
-                    Instruction(
-                        len(kernel.instructions), op, tuple(_split(args)), guard, negated == "!", number, source, " ".join(statement.split())
-                    )
-                )
+            kernel.labels[(*scopes, label.group(1))] = len(kernel.instructions)
+        elif match := _INSTRUCTION.match(statement):
+            negated, guard, op, args = match.groups()
+            if op.startswith("bra") and op.split(".")[0] == "bra":
+                branches.append((len(kernel.instructions), scopes))
+            text = " ".join(statement.split())
+            kernel.instructions.append(
+                Instruction(len(kernel.instructions), op, tuple(_split(args)), guard, negated == "!", number, source, text)
+            )
+    for index, scopes in branches:
+        i = kernel.instructions[index]
+        visible = ((*scopes[:depth], i.args[-1]) for depth in range(len(scopes), -1, -1))
+        kernel.instructions[index] = replace(i, args=(next(v for v in visible if v in kernel.labels),))
 
 
 def _split(args):

@@ -1,0 +1,133 @@
+// __syncthreads and warp operations: where threads meet, and what it means when some do not come.
+#include "state.h"
+
+namespace emu {
+namespace {
+
+const char* name_of(WarpOp op) {
+  switch (op) {
+    case WarpOp::sync: return "__syncwarp";
+    case WarpOp::shuffle: return "a shuffle";
+    case WarpOp::ballot: return "a vote";
+    case WarpOp::match: return "a match";
+    case WarpOp::reduce: return "a warp reduction";
+    case WarpOp::ldmatrix: return "ldmatrix";
+    case WarpOp::mma: return "mma";
+  }
+  return "";
+}
+
+void complete(Meeting* meeting, const Block* block, const Warp* warp) {
+  const long first = 32 * (warp - block->warps.data());
+  const unsigned came = meeting->arrived;
+  meeting->lanes[meeting->generation & 1].mask = came;
+  meeting->arrived = 0;
+  meeting->generation++;
+  made_progress();
+  for (int lane = 0; lane < 32; lane++)
+    if (came >> lane & 1) make_ready(block->fibers[first + lane]);
+}
+
+// The meeting this lane joins; a new one when no lane of the mask waits.
+Meeting* meeting_for(Warp* warp, unsigned mask, WarpOp op, Site site, const void* pc) {
+  Meeting* idle = nullptr;
+  for (Meeting* m : warp->meetings) {
+    if (m->arrived && (m->mask & mask)) {
+      if (m->mask == mask && m->op == op) return m;
+      fail("divergence",
+           "lanes of one warp meet different operations: " + std::string(name_of(m->op)) + " and " + name_of(op) +
+               (m->mask == mask ? "" : ", with different masks"),
+           {pc, m->pc});
+    }
+    if (!m->arrived && m->mask == mask) idle = m;
+  }
+  if (!idle) warp->meetings.push_back(idle = new Meeting);
+  idle->mask = mask;
+  idle->op = op;
+  idle->site = site;
+  idle->pc = pc;
+  return idle;
+}
+
+// Lanes that never existed (a partial last warp) may be named; those that returned may be named only to __syncwarp.
+unsigned check_mask(const Warp* warp, unsigned mask, int lane, WarpOp op, const void* pc) {
+  if (!(mask >> lane & 1))
+    fail("warp-mask", name_of(running) + " takes part in " + name_of(op) + " whose mask does not name it", {pc});
+  mask &= warp->exists;
+  if (op != WarpOp::sync && (mask & ~warp->live))
+    fail("warp-mask", std::string("the mask of ") + name_of(op) + " names a lane that has exited", {pc});
+  return mask & warp->live;
+}
+
+}  // namespace
+
+int block_barrier(Vote vote, int predicate, Site site) {
+  const void* pc = __builtin_return_address(0);
+  Fiber* me = running;
+  Block* block = me->block;
+  const int phase = block->phase & 1;
+  release(block->tags[phase]);
+  if (block->live != static_cast<int>(block->fibers.size()))
+    fail("divergence", "barrier in divergent code: " + name_of(me) + " waits, but other threads of the block have exited", {pc});
+  if (block->waiting == 0) {
+    block->votes[phase] = vote == Vote::all;
+    block->site = site;
+    block->pc = pc;
+  } else if (!(block->site == site)) {
+    fail("divergence", "barrier in divergent code: threads of one block wait at different barriers", {pc, block->pc});
+  }
+  int& result = block->votes[phase];
+  if (vote == Vote::count) result += predicate != 0;
+  if (vote == Vote::all) result &= predicate != 0;
+  if (vote == Vote::any) result |= predicate != 0;
+  me->at_barrier = true;
+  if (++block->waiting == block->live) {
+    block->waiting = 0;
+    block->phase++;
+    made_progress();
+    for (Fiber* fiber : block->fibers) {
+      fiber->at_barrier = false;
+      make_ready(fiber);
+    }
+  }
+  wait();
+  acquire(block->tags[phase]);
+  return block->votes[phase];
+}
+
+const Lanes& warp_meet(unsigned mask, WarpOp op, const void* mine, size_t bytes, Site site) {
+  const void* pc = __builtin_return_address(0);
+  Fiber* me = running;
+  const int lane = me->context.lane;
+  mask = check_mask(me->warp, mask, lane, op, pc);
+  Meeting* meeting = meeting_for(me->warp, mask, op, site, pc);
+  const int generation = meeting->generation & 1;
+  if (bytes) raw_copy(meeting->lanes[generation].data[lane], mine, bytes);
+  if (op == WarpOp::sync) release(meeting->tags[generation]);
+  meeting->arrived |= 1u << lane;
+  if (meeting->arrived == mask) complete(meeting, me->block, me->warp);
+  wait();
+  if (op == WarpOp::sync) acquire(meeting->tags[generation]);
+  return meeting->lanes[generation];
+}
+
+unsigned active_lanes() { return running->warp->live; }
+
+void lane_exits(Fiber* fiber) {
+  Warp* warp = fiber->warp;
+  const unsigned bit = 1u << fiber->context.lane;
+  if (!fiber->copies.empty())
+    fail("async-copy", name_of(fiber) + " exits with cp.async copies it never waited for", {});
+  if (fiber->block->waiting)
+    fail("divergence", "barrier in divergent code: " + name_of(fiber) + " exits while other threads wait", {fiber->block->pc});
+  warp->live &= ~bit;
+  for (Meeting* meeting : warp->meetings) {
+    if (!meeting->arrived || !(meeting->mask & bit)) continue;
+    if (meeting->op != WarpOp::sync)
+      fail("warp-mask", std::string("the mask of ") + name_of(meeting->op) + " names a lane that has exited", {meeting->pc});
+    meeting->mask &= ~bit;
+    if (meeting->arrived == meeting->mask) complete(meeting, fiber->block, warp);
+  }
+}
+
+}  // namespace emu
