@@ -1,5 +1,6 @@
 // Synchronisation through relaxed atomics and __threadfence, which TSan does not model: a fence publishes a tag through
 // every atomic the thread writes afterwards; a thread that has read such an atomic takes the tag at its own next fence.
+#include <algorithm>
 #include <unordered_map>
 
 #include "state.h"
@@ -16,6 +17,12 @@ void take(Tag* tag) {
   if (!tag->block || tag->block == running->block) acquire(tag);
 }
 
+void remember(const std::vector<Tag*>& tags) {
+  auto& seen = running->seen_tags;
+  for (Tag* tag : tags)
+    if (std::find(seen.begin(), seen.end(), tag) == seen.end()) seen.push_back(tag);
+}
+
 Tag* publish_here(const void* block) {
   Tag* tag = new_tag(block);
   release(tag);
@@ -27,7 +34,7 @@ Tag* publish_here(const void* block) {
 void forget_fences() { published.clear(); }
 
 void fence(bool whole_device) {
-  maybe_yield();
+  yield_at(__builtin_return_address(0));
   if (!under_tsan()) return;
   for (Tag* tag : running->seen_tags) take(tag);
   running->seen_tags.clear();
@@ -46,7 +53,7 @@ void after_atomic(const void* p, Order order, bool reads, bool writes) {
   if (reads && acquires(order))
     for (Tag* tag : tags) take(tag);
   else if (reads)
-    running->seen_tags.insert(running->seen_tags.end(), tags.begin(), tags.end());
+    remember(tags);
   if (writes && running->last_fence && (tags.empty() || tags.back() != running->last_fence))
     tags.push_back(running->last_fence);
 }

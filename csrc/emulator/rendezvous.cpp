@@ -80,15 +80,11 @@ int block_barrier(Vote vote, int predicate, Site site) {
   if (vote == Vote::count) result += predicate != 0;
   if (vote == Vote::all) result &= predicate != 0;
   if (vote == Vote::any) result |= predicate != 0;
-  me->at_barrier = true;
   if (++block->waiting == block->live) {
     block->waiting = 0;
     block->phase++;
     made_progress();
-    for (Fiber* fiber : block->fibers) {
-      fiber->at_barrier = false;
-      make_ready(fiber);
-    }
+    for (Fiber* fiber : block->fibers) make_ready(fiber);
   }
   wait();
   acquire(block->tags[phase]);
@@ -96,7 +92,10 @@ int block_barrier(Vote vote, int predicate, Site site) {
 }
 
 const Lanes& warp_meet(unsigned mask, WarpOp op, const void* mine, size_t bytes, Site site) {
-  const void* pc = __builtin_return_address(0);
+  return meet(mask, op, mine, bytes, site, __builtin_return_address(0));
+}
+
+const Lanes& meet(unsigned mask, WarpOp op, const void* mine, size_t bytes, Site site, const void* pc) {
   Fiber* me = running;
   const int lane = me->context.lane;
   mask = check_mask(me->warp, mask, lane, op, pc);

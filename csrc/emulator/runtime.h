@@ -36,8 +36,9 @@ struct Finding {
 
 // Ends the launch; thrown on the host's stack, so that host code unwinds.
 struct __attribute__((visibility("default"))) Failure : std::exception {
-  explicit Failure(Finding found) : finding(std::move(found)) {}
-  const char* what() const noexcept override { return finding.message.c_str(); }
+  explicit Failure(Finding found);
+  ~Failure() override;  // in the runtime, whose allocator owns the strings
+  const char* what() const noexcept override;
   Finding finding;
 };
 

@@ -130,15 +130,21 @@ const char* invalid(dim3 size, dim3 block, size_t shared_bytes) {
 
 }  // namespace
 
+Failure::Failure(Finding found) : finding(std::move(found)) {}
+Failure::~Failure() = default;
+const char* Failure::what() const noexcept { return finding.message.c_str(); }
+
 void make_ready(Fiber* fiber) { grid->ready.push_back(fiber); }
 void wait() { switch_to_host(running); }
 void made_progress() { grid->spins = 0; }
 
-void maybe_yield() {
+void maybe_yield() { yield_at(__builtin_return_address(0)); }
+
+void yield_at(const void* pc) {
   const double draw = static_cast<double>(grid->random() >> 11) * 0x1p-53;
   if (draw >= options.yield) return;
   if (++grid->spins > kSpinLimit)
-    fail("livelock", name_of(running) + " spins, and no thread gets any further", {__builtin_return_address(0)});
+    fail("livelock", name_of(running) + " spins, and no thread gets any further", {pc});
   make_ready(running);
   wait();
 }

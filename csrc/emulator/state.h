@@ -73,7 +73,7 @@ struct Fiber {
   Block* block;
   Warp* warp;
   int index;
-  bool done, at_barrier;
+  bool done;
   void* sp;
   char* stack;
   void* tsan_fiber;
@@ -88,10 +88,12 @@ extern Fiber* running;
 
 void make_ready(Fiber* fiber);
 void wait();                    // until someone makes the running fiber ready
+void yield_at(const void* pc);  // perhaps lets another thread run
 void made_progress();           // some thread got past a rendezvous: not a livelock
 [[noreturn]] void fail(const char* kind, const std::string& message, std::vector<const void*> at);
 std::string name_of(const Fiber* fiber);
 
+const Lanes& meet(unsigned mask, WarpOp op, const void* mine, size_t bytes, Site site, const void* pc);
 void lane_exits(Fiber* fiber);  // rendezvous that the fiber's end completes or breaks
 void forget_fences();
 

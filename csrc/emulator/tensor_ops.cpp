@@ -29,7 +29,7 @@ void ldmatrix(unsigned* out, const void* row, int matrices, bool transposed, Sit
     if (place_of(row).space != Space::shared) fail("out-of-bounds", "a row of ldmatrix is not in this block's shared memory", {pc});
     show_read(row, 16, pc);
   }
-  const Lanes& lanes = warp_meet(~0u, WarpOp::ldmatrix, &row, sizeof row, site);
+  const Lanes& lanes = meet(~0u, WarpOp::ldmatrix, &row, sizeof row, site, pc);
   const auto at = [&](int matrix, int r, int c) -> unsigned {
     return lanes.get<const uint16_t*>(8 * matrix + r)[c];
   };
@@ -44,7 +44,7 @@ void mma_m16n8k16(float* d, const unsigned* a, const unsigned* b, bool bf16, Sit
   Fragments mine;
   std::memcpy(mine.a, a, sizeof mine.a);
   std::memcpy(mine.b, b, sizeof mine.b);
-  const Lanes& lanes = warp_meet(~0u, WarpOp::mma, &mine, sizeof mine, site);
+  const Lanes& lanes = meet(~0u, WarpOp::mma, &mine, sizeof mine, site, __builtin_return_address(0));
   const int lane = running->context.lane;
   for (int i = 0; i < 4; i++) {
     const int row = lane / 4, column = lane % 4 * 2 + i % 2, low_or_high = i / 2;

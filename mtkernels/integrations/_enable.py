@@ -79,6 +79,8 @@ def _nothing_here(model):
 
 
 def _swap_all(model):
+    from peft import PeftModel
+
     from . import peft
     from .context import Planner
 
@@ -93,7 +95,7 @@ def _swap_all(model):
             if type(module) in (peft.LoraModel, peft.MtLoraModel) and module.model is owner:
                 module.__class__ = peft.MtLoraModel
                 module.__dict__["_mtkernels"] = shared
-            elif isinstance(module, peft.PeftModel) and module.get_base_model() is owner:
+            elif isinstance(module, PeftModel) and module.get_base_model() is owner:
                 peft.unguard(module, peft.LossForwarder)
                 module.register_forward_pre_hook(peft.LossForwarder())
     return rows
