@@ -95,10 +95,11 @@ def table(tasks, runs):
 
 
 def totals(runs):
-    lines = [["", "median step", "training", "peak memory", "above the loaded model"]]
+    lines = [["", "s/step: median", "p20..p80", "training", "peak memory", "above the loaded model"]]
     for way, run in runs.items():
         peak, loaded = run["memory_peak_mib"], run["memory_loaded_mib"]
-        lines.append([way, f"{step_time(run):.3f} s", f"{sum(run['seconds']):.1f} s", f"{peak:.0f} MiB", f"{peak - loaded:.0f} MiB"])
+        low, _, _, high = statistics.quantiles(warm(run) * 2, n=5)
+        lines.append([way, f"{step_time(run):.3f}", f"{low:.3f}..{high:.3f}", f"{sum(run['seconds']):.1f} s", f"{peak:.0f} MiB", f"{peak - loaded:.0f} MiB"])
     ours, ordinary = runs["mtkernels"], runs["ordinary"]
     first, largest = loss_difference(runs, 1), loss_difference(runs)
     return "\n".join(
@@ -117,9 +118,13 @@ def aligned(rows):
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+def warm(run):
+    """Step times without the first, which allocate and warm up, unless there are no others."""
+    return run["seconds"][3:] or run["seconds"]
+
+
 def step_time(run):
-    """Median, the first steps left out when there are enough others: they allocate and warm up."""
-    return statistics.median(run["seconds"][3:] or run["seconds"])
+    return statistics.median(warm(run))
 
 
 def loss_difference(runs, steps=None):

@@ -155,7 +155,7 @@ def lora_bwd(
 
 
 def _launch_ds(dy, ds, plan, adapters, factors):
-    options = _options("shrink", dy.device, ds.dtype)
+    options = _options("ds", dy.device, ds.dtype)
     grid = (cdiv(dy.shape[0], options["BLOCK_M"]) + factors.n_adapters, _rank_tiles(factors))
     _lora_shrink_kernel[grid](
         dy, dy.stride(0), *plan, *adapters, 0,
@@ -196,23 +196,25 @@ def _launch_finish(dx, d_in, d_out, ds, plan, adapters, site, dropout, partial, 
 
 
 def compile_cases(arch):
-    """bf16 and float32; ranks that are all multiples of 8, and any ranks (`.ragged`), which take the most registers.
+    """bf16, float32, and float32 factors over bf16 rows; ranks that are all multiples of 8, and any ranks (`.ragged`).
 
     Each with the narrowest and the widest rank bucket: the branches between need less.
     """
     kernels = dict(shrink=_lora_shrink_kernel, ds=_lora_shrink_kernel, expand=_lora_expand_kernel)
     kernels |= dict(factor_grad=_lora_factor_grad_kernel, finish=_lora_bwd_finish_kernel)
-    for bits, dtype, factor in ((16, "bf16", tl.bfloat16), (32, "fp32", tl.float32)):
-        types = {a: f"*{dtype}" for k in kernels.values() for a in k.arg_names if a.endswith("_ptr")}
+    for dtype, rows, factor in (("bf16", "bf16", "bfloat16"), ("fp32", "fp32", "float32"), ("mixed", "bf16", "float32")):
+        bits = 16 if factor == "bfloat16" else 32
+        types = dict.fromkeys(("x_ptr", "y_ptr", "dy_ptr", "dx_ptr"), f"*{rows}")
+        types |= dict.fromkeys(("s_ptr", "ds_ptr"), f"*{'bf16' if bits == 16 else 'fp32'}")
         types |= dict.fromkeys(("perm_ptr", "offsets_ptr", "tiles_ptr", "threshold_ptr"), "*i32")
         types |= dict.fromkeys(("table_ptr", "seeds_ptr", "step_ptr"), "*i64")
         types |= dict.fromkeys(("scale_ptr", "partial_ptr"), "*fp32")
         for name, kernel in kernels.items():
-            config = {"ds": "shrink", "finish": "expand"}.get(name, name)
+            config = "expand" if name == "finish" else name
             options = launch_options("lora", config, arch, bits)
             constexprs = dict(
                 BACKWARD=name == "ds", DROPOUT=name != "ds", HAS_BIAS=True, BUCKETS=0b1001, FILL_R=_MAX_BLOCK_R,
-                FACTOR=factor, ALIGNED=True, RANK_ALIGN=8, TILE_INDEX=tile_index(options.get("BLOCK_M", _CHUNK)),
+                FACTOR=getattr(tl, factor), ALIGNED=True, RANK_ALIGN=8, TILE_INDEX=tile_index(options.get("BLOCK_M", _CHUNK)),
                 BLOCK_E=launch_options("lora", "sum_chunks", arch)["BLOCK_E"],
             )  # fmt: skip
             constexprs = {k: v for k, v in constexprs.items() if k in kernel.arg_names}

@@ -2,7 +2,7 @@
 
 The stock interpreter keeps bf16 and fp8 as bit patterns: casts to them truncate, and arithmetic, comparisons and dot
 work on the patterns themselves. `install()` makes casts round to nearest even (fp8 saturating, as `cvt.rn.satfinite`)
-and computes on the values: elementwise in float32 with one rounding, dot with float32 accumulation.
+and computes on the values: elementwise in float32 with one rounding, dot with float32 accumulation, atomic add of bf16.
 
     install()            # for the process; again is a no-op
     with repaired(): ... # or for a block
@@ -10,6 +10,7 @@ and computes on the values: elementwise in float32 with one rounding, dot with f
 
 import os
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 import torch
@@ -27,7 +28,8 @@ def install():
         return
     from triton.runtime.interpreter import InterpreterBuilder
 
-    for name, patch in _patches(InterpreterBuilder).items():
+    patches = {**_cast_patches(InterpreterBuilder), **_arithmetic_patches(InterpreterBuilder)}
+    for name, patch in patches.items():
         _originals[name] = InterpreterBuilder.__dict__.get(name)
         setattr(InterpreterBuilder, name, patch)
 
@@ -58,6 +60,7 @@ def repaired():
             uninstall()
 
 
+@cache
 def _formats():
     """Triton dtype -> (torch dtype, bit-pattern dtypes of numpy and torch, largest finite value to saturate at)."""
     import triton.language as tl
@@ -85,69 +88,100 @@ def _patterns(values, fmt):
     return torch.from_numpy(values).to(dtype).view(torch_bits).numpy().reshape(values.shape)
 
 
-def _patches(builder):
-    import triton.language as tl
+def _widen(handle):
+    """Values of a handle: float32 for the formats kept as bit patterns, its own data otherwise."""
+    fmt = _formats().get(handle.dtype.scalar)
+    return handle.data if fmt is None else _values(handle.data, fmt)
+
+
+def _narrow(values, dtype):
     from triton.runtime.interpreter import TensorHandle, _get_np_dtype
 
-    formats = _formats()
-    stock = {name: getattr(builder, name) for name in ("cast_impl", "create_fp_to_fp", "create_dot", "create_fma")}
+    fmt = _formats().get(dtype)
+    return TensorHandle(values.astype(_get_np_dtype(dtype)) if fmt is None else _patterns(values, fmt), dtype)
 
-    def widen(handle):
-        fmt = formats.get(handle.dtype.scalar)
-        return handle.data if fmt is None else _values(handle.data, fmt)
 
-    def narrow(values, dtype):
-        fmt = formats.get(dtype)
-        return TensorHandle(values.astype(_get_np_dtype(dtype)) if fmt is None else _patterns(values, fmt), dtype)
+def _cast_patches(builder):
+    import triton.language as tl
+
+    formats, stock_cast, stock_fp_to_fp = _formats(), builder.cast_impl, builder.create_fp_to_fp
 
     def cast(self, src, dst_type, *rest, **kwargs):
         src_dtype, dst = src.dtype.scalar, dst_type.scalar
         if src_dtype == dst or not (src_dtype in formats or dst in formats):
-            return stock["cast_impl"](self, src, dst_type, *rest, **kwargs)
-        return narrow(widen(src), dst)
+            return stock_cast(self, src, dst_type, *rest, **kwargs)
+        return _narrow(_widen(src), dst)
 
     def fp_to_fp(self, src, dst_type, *rest, **kwargs):
         if src.dtype.scalar in formats or dst_type.scalar in formats:
             return cast(self, src, dst_type)
-        return stock["create_fp_to_fp"](self, src, dst_type, *rest, **kwargs)
+        return stock_fp_to_fp(self, src, dst_type, *rest, **kwargs)
 
-    def lift(name):
-        original = getattr(builder, name)
+    def bf16(self, value):
+        return _narrow(np.array([value], np.float32), tl.bfloat16)
 
-        def op(self, *args):
-            *handles, fn = args
-            # np.where moves patterns unchanged; a GPU does not warn about inf and NaN.
-            with np.errstate(all="ignore"):
-                dtype = next((h.dtype.scalar for h in handles if h.dtype.scalar in formats), None)
-                if dtype is None or fn is np.where:
-                    result = original(self, *args)
-                    # Stock comparisons keep the operand's dtype, which a later splat to a mask would take for integers.
-                    return TensorHandle(result.data, tl.int1) if result.data.dtype == bool else result
-                result = fn(*[widen(h) for h in handles])
-            return TensorHandle(result, tl.int1) if result.dtype == bool else narrow(result, dtype)
+    return {"cast_impl": cast, "create_fp_to_fp": fp_to_fp, "get_bf16": bf16}
 
-        return op
+
+def _lift(original):
+    """The elementwise builder method `original`, computing on values where operands are bit patterns."""
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    formats = _formats()
+
+    def op(self, *args):
+        *handles, fn = args
+        # np.where moves patterns unchanged; a GPU does not warn about inf and NaN.
+        with np.errstate(all="ignore"):
+            dtype = next((h.dtype.scalar for h in handles if h.dtype.scalar in formats), None)
+            if dtype is None or fn is np.where:
+                result = original(self, *args)
+                # Stock comparisons keep the operand's dtype, which a later splat to a mask would take for integers.
+                return TensorHandle(result.data, tl.int1) if result.data.dtype == bool else result
+            result = fn(*[_widen(h) for h in handles])
+        return TensorHandle(result, tl.int1) if result.dtype == bool else _narrow(result, dtype)
+
+    return op
+
+
+def _arithmetic_patches(builder):
+    formats = _formats()
+    stock_fma, stock_dot, stock_atomic = builder.create_fma, builder.create_dot, builder.create_atomic_rmw
 
     def fma(self, x, y, z):
         if z.dtype.scalar not in formats:
-            return stock["create_fma"](self, x, y, z)
+            return stock_fma(self, x, y, z)
         # float64 holds the product exactly, so the sum is rounded once to float32 and once to 16 bits.
-        return narrow(widen(x).astype(np.float64) * widen(y) + widen(z), z.dtype.scalar)
+        return _narrow(_widen(x).astype(np.float64) * _widen(y) + _widen(z), z.dtype.scalar)
 
     def dot(self, a, b, acc, *rest, **kwargs):
         if not a.dtype.is_floating() or a.data.dtype == np.float64:
-            return stock["create_dot"](self, a, b, acc, *rest, **kwargs)
-        product = np.matmul(widen(a).astype(np.float32), widen(b).astype(np.float32))
-        return narrow(product + widen(acc), acc.dtype.scalar)
+            return stock_dot(self, a, b, acc, *rest, **kwargs)
+        product = np.matmul(_widen(a).astype(np.float32), _widen(b).astype(np.float32))
+        return _narrow(product + _widen(acc), acc.dtype.scalar)
 
-    def bf16(self, value):
-        return narrow(np.array([value], np.float32), tl.bfloat16)
+    def atomic(self, rmw_op, ptr, val, mask, *rest, **kwargs):
+        if val.dtype.scalar not in formats:
+            return stock_atomic(self, rmw_op, ptr, val, mask, *rest, **kwargs)
+        return _atomic_add(rmw_op, ptr, val, mask)
 
-    return {
-        "cast_impl": cast,
-        "create_fp_to_fp": fp_to_fp,
-        "create_fma": fma,
-        "create_dot": dot,
-        "get_bf16": bf16,
-        **{name: lift(name) for name in ("unary_op", "binary_op", "ternary_op")},
-    }
+    elementwise = {name: _lift(getattr(builder, name)) for name in ("unary_op", "binary_op", "ternary_op")}
+    return {"create_fma": fma, "create_dot": dot, "create_atomic_rmw": atomic, **elementwise}
+
+
+def _atomic_add(rmw_op, ptr, val, mask):
+    """Atomic add on bit patterns, lane by lane: several lanes may have one address."""
+    from triton.runtime import interpreter as stock
+
+    if rmw_op != stock._ir.ATOMIC_OP.FADD:
+        raise NotImplementedError(f"atomic {rmw_op} on {val.dtype.scalar}; 16-bit and 8-bit floats have atomic_add only")
+    dtype, old = val.dtype.scalar, np.zeros(ptr.data.shape, val.data.dtype)
+    addend = np.broadcast_to(_widen(val), old.shape)
+    for lane in zip(*np.nonzero(np.broadcast_to(mask.data, old.shape))):
+        address, one = ptr.data[lane].reshape(1), np.ones(1, bool)
+        before = stock._interpreter.load(address, one, old[lane].reshape(1), old.dtype)
+        after = _widen(stock.TensorHandle(before, dtype)) + addend[lane]
+        stock._interpreter.store(address, _narrow(after, dtype).data, one)
+        old[lane] = before[0]
+    return stock.TensorHandle(old, dtype)

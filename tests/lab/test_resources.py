@@ -13,10 +13,12 @@ EXPECTED_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 
 
 def _tested(target, case):
-    """The costliest specialisation of each kernel everywhere, the others once."""
-    if ".ragged" in case.name:
-        return case.tensor_cores or target != "sm_90"
-    return target == "sm_90" if case.tensor_cores else target != "sm_90" and not case.name.startswith("lora.")
+    """The costliest specialisation of every kernel on every family, unless it compiles alike there."""
+    if case.tensor_cores:
+        return ".ragged" in case.name or target == "sm_90"
+    if case.name.startswith("lora."):
+        return ".ragged" in case.name and target == "sm_100"
+    return target != "sm_90"
 
 
 CASES = [] if interpreting() else [(t, c) for t in EXPECTED_CORES for c in resources.shipped_cases(t) if _tested(t, c)]
