@@ -159,7 +159,8 @@ class Block:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("triton", "peft", "transformers", "matplotlib", "rich", "accelerate"):
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Block())
+# an editable install of the checkout would lend its extension to the wheel
+sys.meta_path[:] = [Block(), *(f for f in sys.meta_path if "Editable" not in str(f))]
 import torch
 import mtkernels as mtk
 from mtkernels import _native
