@@ -140,7 +140,7 @@ setup(
     package_data={
         "mtkernels": ["py.typed"],
         "mtkernels.triton_kernels": ["configs/*.json"],
-        "mtkernels.csrc": ["common/element.h", "cuda/gpu.h"],
+        "mtkernels.csrc": ["common/*.h", "cuda/*.h", "cuda/*.cu", "emulator/*.h", "emulator/*.cpp"],  # for lab.CudaEmulator
     },
     ext_modules=[extension()] if TORCH else [],
     cmdclass={"build_ext": BuildKernels},

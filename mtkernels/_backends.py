@@ -4,6 +4,7 @@ An explicit choice never falls back; the automatic one takes the first backend o
 """
 
 import os
+import sys
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib import import_module
@@ -26,9 +27,10 @@ def _check_name(name):
     return name
 
 
-def interpreting():
-    """Triton's CPU interpreter is on, so Triton kernels take CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+def emulating():
+    """Triton kernels take CPU tensors: in its interpreter, or inside mtkernels.lab's virtual GPU or launch recorder."""
+    driver = sys.modules.get("mtkernels.lab.driver")
+    return os.environ.get("TRITON_INTERPRET", "0") == "1" or (driver is not None and driver.active())
 
 
 @contextmanager
@@ -78,8 +80,8 @@ def refusal(stem, name, device, dtype):
 def _triton_refusal(stem, device):
     if find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
-    if device == "cpu" and not interpreting():
-        return "takes cuda tensors; CPU tensors only under TRITON_INTERPRET=1"
+    if device == "cpu" and not emulating():
+        return "takes cuda tensors; CPU tensors only under TRITON_INTERPRET=1 or in mtkernels.lab.VirtualGPU"
     if device not in ("cpu", "cuda"):
         return f"takes cuda tensors, got {device}"
     if find_spec(f"mtkernels.triton_kernels.{stem}") is None:
@@ -87,9 +89,13 @@ def _triton_refusal(stem, device):
     return ""
 
 
-@lru_cache(maxsize=None)
 def choose(stem, name, device, dtype):
     """The backend that runs `stem`; raises by name when an explicit choice cannot."""
+    return _choose(stem, name, device, dtype, name == "triton" and device == "cpu" and emulating())
+
+
+@lru_cache(maxsize=None)
+def _choose(stem, name, device, dtype, _emulating):
     if name:
         why = refusal(stem, name, device, dtype)
         if why:

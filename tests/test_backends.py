@@ -13,10 +13,10 @@ from mtkernels import _backends, _native
 
 @pytest.fixture
 def fresh():
-    _backends.choose.cache_clear()
+    _backends._choose.cache_clear()
     _native.warn_missing_once.cache_clear()
     yield
-    _backends.choose.cache_clear()
+    _backends._choose.cache_clear()
 
 
 def hide(monkeypatch, name):
@@ -82,6 +82,21 @@ def test_cpu_without_the_extension_is_told_how_to_build_it(fresh, monkeypatch):
     monkeypatch.setattr(_native, "reason", lambda: "no compiled kernels in this install")
     with pytest.warns(UserWarning, match="CPU tensors run on the slow reference: no compiled kernels"):
         assert _backends.choose("lora", "", "cpu", torch.float32) == "reference"
+
+
+def test_the_virtual_gpu_opens_triton_to_cpu_tensors():
+    pytest.importorskip("triton")
+    from mtkernels.lab import VirtualGPU
+
+    values, ids = torch.randn(40), torch.randint(0, 3, (40,))
+    exact = mtk.task_reduce(values, ids, 3, backend="reference")
+    with pytest.raises(RuntimeError, match="takes cuda tensors; CPU tensors only under"):
+        mtk.task_reduce(values, ids, 3, backend="triton")
+    with VirtualGPU(arch=80) as gpu:
+        torch.testing.assert_close(mtk.task_reduce(values, ids, 3, backend="triton"), exact)
+    assert len(gpu.launches) == 6  # four of the plan, two of the sums
+    with pytest.raises(RuntimeError, match="takes cuda tensors"):
+        mtk.task_reduce(values, ids, 3, backend="triton")
 
 
 def test_explain_lists_every_backend():

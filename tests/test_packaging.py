@@ -97,13 +97,15 @@ def test_pure_wheel_holds_the_package_and_nothing_beside_it(wheel):
         top_level = archive.read(f"mtkernels-{VERSION}.dist-info/top_level.txt").decode().split()
     assert top_level == ["mtkernels"]
     assert {name.split("/")[0] for name in names} == {"mtkernels", f"mtkernels-{VERSION}.dist-info"}
-    wanted = {"py.typed", "csrc/cuda/gpu.h", "csrc/common/element.h"}
+    wanted = {"py.typed", "csrc/cuda/gpu.h", "csrc/cuda/gpu_ptx.h", "csrc/cuda/task_reduce.cu", "csrc/emulator/gpu_emulated.h"}
     for folder in ("mtkernels", "triton_kernels", "bench"):
         inside = "" if folder == "mtkernels" else f"{folder}/"
         files = [p for suffix in ("*.py", "*.json") for p in (ROOT / folder).rglob(suffix)]
         wanted |= {inside + p.relative_to(ROOT / folder).as_posix() for p in files}
     assert {f"mtkernels/{name}" for name in wanted} - set(names) == set()
-    assert not [name for name in names if name.endswith((".so", ".cpp", ".cu"))]
+    sources = [name for name in names if name.endswith((".so", ".cpp", ".cu"))]
+    assert not [name for name in sources if not name.startswith(("mtkernels/csrc/emulator/", "mtkernels/csrc/cuda/"))]
+    assert {f"mtkernels/csrc/emulator/{p.name}" for p in (ROOT / "csrc/emulator").glob("*.cpp")} <= set(sources)
 
 
 def test_sdist_holds_every_source(sdist):

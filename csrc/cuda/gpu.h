@@ -10,10 +10,15 @@
 #include "../common/element.h"
 
 #ifdef GPU_EMU
-#include "../emulator/gpu_emu.h"
+#include "../emulator/gpu_emulated.h"
 #else
 
 #define GPU_DEVICE __device__ __forceinline__
+
+#include "gpu_ptx.h"
+
+// Names a host function that lab.CudaEmulator may call; nothing for nvcc.
+#define GPU_ENTRY(function) static_assert(true)
 
 // Shared memory goes through these two, so that the emulator can guard it: GPU_SHARED(float, part, [8]);
 #define GPU_SHARED(T, name, ...) __shared__ T name __VA_ARGS__

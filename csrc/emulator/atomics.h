@@ -81,28 +81,25 @@ GPU_DEVICE void __nanosleep(unsigned) { emu::maybe_yield(); }
 
 namespace gpu {
 
-template <class T>
-GPU_DEVICE T ld_acquire(const T* p) {
+GPU_DEVICE int ld_acquire(const int* p) {
   emu::maybe_yield();
   emu::before_atomic(p, emu::Order::acquire);
-  const T value = __atomic_load_n(p, __ATOMIC_ACQUIRE);
+  const int value = __atomic_load_n(p, __ATOMIC_ACQUIRE);
   emu::after_atomic(p, emu::Order::acquire, true, false);
   return value;
 }
 
-template <class T>
-GPU_DEVICE void st_release(T* p, emu::As<T> value) {
+GPU_DEVICE void st_release(int* p, int value) {
   emu::before_atomic(p, emu::Order::release);
   __atomic_store_n(p, value, __ATOMIC_RELEASE);
   emu::after_atomic(p, emu::Order::release, false, true);
   emu::maybe_yield();
 }
 
-template <class T>
-GPU_DEVICE T atomic_add_acq_rel(T* p, emu::As<T> value) {
+GPU_DEVICE int atomic_add_acq_rel(int* p, int value) {
   emu::maybe_yield();
   emu::before_atomic(p, emu::Order::acq_rel);
-  const T old = __atomic_fetch_add(p, value, __ATOMIC_ACQ_REL);
+  const int old = __atomic_fetch_add(p, value, __ATOMIC_ACQ_REL);
   emu::after_atomic(p, emu::Order::acq_rel, true, true);
   return old;
 }

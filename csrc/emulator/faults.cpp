@@ -16,8 +16,8 @@ void report_fault() {
   const auto address = reinterpret_cast<uintptr_t>(fault_address);
   const auto stack = reinterpret_cast<uintptr_t>(running->stack);
   if (stack - 4096 <= address && address < stack + 4096)
-    fail("stack-overflow", name_of(running) + " needs more than 256 KiB of stack", {fault_pc});
-  fail("out-of-bounds", "illegal memory access by " + name_of(running), {fault_pc});
+    fail(make_finding("stack-overflow", {fault_pc}, "%s needs more than 256 KiB of stack", name_of(running).text));
+  fail(make_finding("out-of-bounds", {fault_pc}, "illegal memory access by %s", name_of(running).text));
 }
 
 // The thread is lost, so its stack is free to report from.

@@ -1,4 +1,6 @@
 // __syncthreads and warp operations: where threads meet, and what it means when some do not come.
+#include <cstring>
+
 #include "state.h"
 
 namespace emu {
@@ -29,22 +31,19 @@ void complete(Meeting* meeting, const Block* block, const Warp* warp) {
 }
 
 // The meeting this lane joins; a new one when no lane of the mask waits.
-Meeting* meeting_for(Warp* warp, unsigned mask, WarpOp op, Site site, const void* pc) {
+Meeting* meeting_for(Warp* warp, unsigned mask, WarpOp op, const void* pc) {
   Meeting* idle = nullptr;
   for (Meeting* m : warp->meetings) {
     if (m->arrived && (m->mask & mask)) {
       if (m->mask == mask && m->op == op) return m;
-      fail("divergence",
-           "lanes of one warp meet different operations: " + std::string(name_of(m->op)) + " and " + name_of(op) +
-               (m->mask == mask ? "" : ", with different masks"),
-           {pc, m->pc});
+      fail(make_finding("divergence", {pc, m->pc}, "lanes of one warp meet different operations: %s and %s%s", name_of(m->op),
+                        name_of(op), m->mask == mask ? "" : ", with different masks"));
     }
     if (!m->arrived && m->mask == mask) idle = m;
   }
   if (!idle) warp->meetings.push_back(idle = new Meeting);
   idle->mask = mask;
   idle->op = op;
-  idle->site = site;
   idle->pc = pc;
   return idle;
 }
@@ -52,10 +51,10 @@ Meeting* meeting_for(Warp* warp, unsigned mask, WarpOp op, Site site, const void
 // Lanes that never existed (a partial last warp) may be named; those that returned may be named only to __syncwarp.
 unsigned check_mask(const Warp* warp, unsigned mask, int lane, WarpOp op, const void* pc) {
   if (!(mask >> lane & 1))
-    fail("warp-mask", name_of(running) + " takes part in " + name_of(op) + " whose mask does not name it", {pc});
+    fail(make_finding("warp-mask", {pc}, "%s takes part in %s whose mask does not name it", name_of(running).text, name_of(op)));
   mask &= warp->exists;
   if (op != WarpOp::sync && (mask & ~warp->live))
-    fail("warp-mask", std::string("the mask of ") + name_of(op) + " names a lane that has exited", {pc});
+    fail(make_finding("warp-mask", {pc}, "the mask of %s names a lane that has exited", name_of(op)));
   return mask & warp->live;
 }
 
@@ -68,13 +67,15 @@ int block_barrier(Vote vote, int predicate, Site site) {
   const int phase = block->phase & 1;
   release(block->tags[phase]);
   if (block->live != static_cast<int>(block->fibers.size()))
-    fail("divergence", "barrier in divergent code: " + name_of(me) + " waits, but other threads of the block have exited", {pc});
+    fail(make_finding("divergence", {pc}, "barrier in divergent code: %s waits, but other threads of the block have exited",
+                      name_of(me).text));
   if (block->waiting == 0) {
     block->votes[phase] = vote == Vote::all;
     block->site = site;
     block->pc = pc;
   } else if (!(block->site == site)) {
-    fail("divergence", "barrier in divergent code: threads of one block wait at different barriers", {pc, block->pc});
+    fail(make_finding("divergence", {pc, block->pc},
+                      "barrier in divergent code: threads of one block wait at different barriers"));
   }
   int& result = block->votes[phase];
   if (vote == Vote::count) result += predicate != 0;
@@ -91,17 +92,17 @@ int block_barrier(Vote vote, int predicate, Site site) {
   return block->votes[phase];
 }
 
-const Lanes& warp_meet(unsigned mask, WarpOp op, const void* mine, size_t bytes, Site site) {
-  return meet(mask, op, mine, bytes, site, __builtin_return_address(0));
+const Lanes& warp_meet(unsigned mask, WarpOp op, const void* mine, size_t bytes) {
+  return meet(mask, op, mine, bytes, __builtin_return_address(0));
 }
 
-const Lanes& meet(unsigned mask, WarpOp op, const void* mine, size_t bytes, Site site, const void* pc) {
+const Lanes& meet(unsigned mask, WarpOp op, const void* mine, size_t bytes, const void* pc) {
   Fiber* me = running;
   const int lane = me->context.lane;
   mask = check_mask(me->warp, mask, lane, op, pc);
-  Meeting* meeting = meeting_for(me->warp, mask, op, site, pc);
+  Meeting* meeting = meeting_for(me->warp, mask, op, pc);
   const int generation = meeting->generation & 1;
-  if (bytes) raw_copy(meeting->lanes[generation].data[lane], mine, bytes);
+  if (bytes) std::memcpy(meeting->lanes[generation].data[lane], mine, bytes);
   if (op == WarpOp::sync) release(meeting->tags[generation]);
   meeting->arrived |= 1u << lane;
   if (meeting->arrived == mask) complete(meeting, me->block, me->warp);
@@ -116,14 +117,15 @@ void lane_exits(Fiber* fiber) {
   Warp* warp = fiber->warp;
   const unsigned bit = 1u << fiber->context.lane;
   if (!fiber->copies.empty())
-    fail("async-copy", name_of(fiber) + " exits with cp.async copies it never waited for", {});
+    fail(make_finding("async-copy", {fiber->copies[0].pc}, "%s exits with cp.async copies it never waited for", name_of(fiber).text));
   if (fiber->block->waiting)
-    fail("divergence", "barrier in divergent code: " + name_of(fiber) + " exits while other threads wait", {fiber->block->pc});
+    fail(make_finding("divergence", {fiber->block->pc}, "barrier in divergent code: %s exits while other threads wait",
+                      name_of(fiber).text));
   warp->live &= ~bit;
   for (Meeting* meeting : warp->meetings) {
     if (!meeting->arrived || !(meeting->mask & bit)) continue;
     if (meeting->op != WarpOp::sync)
-      fail("warp-mask", std::string("the mask of ") + name_of(meeting->op) + " names a lane that has exited", {meeting->pc});
+      fail(make_finding("warp-mask", {meeting->pc}, "the mask of %s names a lane that has exited", name_of(meeting->op)));
     meeting->mask &= ~bit;
     if (meeting->arrived == meeting->mask) complete(meeting, fiber->block, warp);
   }

@@ -6,12 +6,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <exception>
-#include <string>
-#include <vector>
 
 namespace emu {
 
-// A place in the source. As a default argument, Site::here() is the line of the call.
+// Tells barriers apart. As a default argument, Site::here() is the line of the call.
 struct Site {
   const char* file;
   int line;
@@ -28,17 +26,18 @@ struct Context {
 // The CUDA thread that runs now; null outside kernels.
 extern Context* current;
 
-// A mistake of the kernel: what, in words, and the code addresses involved, the guilty one first.
+// A mistake of the kernel: what, in words, and the return addresses involved, the guilty one first, or null.
+// Plain data: the runtime and its users do not share an allocator.
 struct Finding {
-  std::string kind, message;
-  std::vector<const void*> at;
+  char kind[24];
+  char message[256];
+  const void* at[2];
 };
 
 // Ends the launch; thrown on the host's stack, so that host code unwinds.
 struct __attribute__((visibility("default"))) Failure : std::exception {
-  explicit Failure(Finding found);
-  ~Failure() override;  // in the runtime, whose allocator owns the strings
-  const char* what() const noexcept override;
+  explicit Failure(const Finding& found) : finding(found) {}
+  const char* what() const noexcept override { return finding.message; }
   Finding finding;
 };
 
@@ -77,7 +76,7 @@ struct Lanes {
   }
 };
 
-const Lanes& warp_meet(unsigned mask, WarpOp op, const void* mine, size_t bytes, Site site);
+const Lanes& warp_meet(unsigned mask, WarpOp op, const void* mine, size_t bytes);
 unsigned active_lanes();
 
 void maybe_yield();
@@ -92,7 +91,7 @@ void cp_async(void* to_shared, const void* from_global, int bytes, bool valid);
 void cp_async_commit();
 void cp_async_wait(int pending_groups);
 
-void ldmatrix(unsigned* out, const void* row, int matrices, bool transposed, Site site);
-void mma_m16n8k16(float* d, const unsigned* a, const unsigned* b, bool bf16, Site site);
+void ldmatrix(unsigned* out, const void* row, int matrices, bool transposed);
+void mma_m16n8k16(float* d, const unsigned* a, const unsigned* b, bool bf16);
 
 }  // namespace emu

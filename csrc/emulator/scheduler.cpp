@@ -1,5 +1,7 @@
 // Runs a grid: one fiber per CUDA thread, a few blocks at a time, in an order drawn from the seed.
 #include <algorithm>
+#include <cstdarg>
+#include <cstdio>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -79,19 +81,17 @@ Fiber* pick() {
   return fiber;
 }
 
-void note_deadlock() {
-  std::vector<const void*> at;
-  std::string message = "deadlock: every live thread waits for threads that do not come";
+Finding deadlock() {
+  At at{nullptr};
+  int at_barrier = 0;
   for (Block* block : grid->blocks) {
-    if (block->waiting) {
-      at.push_back(block->pc);
-      message += "; " + std::to_string(block->waiting) + " of " + std::to_string(block->live) + " threads at a barrier";
-    }
+    at_barrier += block->waiting;
+    if (block->waiting) at = {block->pc, at.guilty};
     for (Warp& warp : block->warps)
       for (Meeting* meeting : warp.meetings)
-        if (meeting->arrived) at.push_back(meeting->pc);
+        if (meeting->arrived) at = {meeting->pc, at.guilty};
   }
-  grid->failure.reset(new Finding{"deadlock", message, at});
+  return make_finding("deadlock", at, "every live thread waits for threads that do not come; %d wait at a barrier", at_barrier);
 }
 
 void run_grid() {
@@ -102,7 +102,7 @@ void run_grid() {
   while (!grid->failure && (next < order.size() || !grid->blocks.empty())) {
     while (grid->blocks.size() < static_cast<size_t>(options.resident) && next < order.size()) start_block(order[next++]);
     if (grid->ready.empty()) {
-      note_deadlock();
+      grid->failure.reset(new Finding(deadlock()));
       break;
     }
     running = pick();
@@ -110,6 +110,9 @@ void run_grid() {
     switch_to(running);
     if (running->done && running->block->live == 0 && !grid->failure) {
       if (options.tracing) trace_block_ends(running->block);
+      if (!shared_intact(running->block))
+        grid->failure.reset(new Finding(
+            make_finding("out-of-bounds", {nullptr}, "something wrote just before or after an array in shared memory")));
       end_block(running->block);
     }
   }
@@ -130,10 +133,6 @@ const char* invalid(dim3 size, dim3 block, size_t shared_bytes) {
 
 }  // namespace
 
-Failure::Failure(Finding found) : finding(std::move(found)) {}
-Failure::~Failure() = default;
-const char* Failure::what() const noexcept { return finding.message.c_str(); }
-
 void make_ready(Fiber* fiber) { grid->ready.push_back(fiber); }
 void wait() { switch_to_host(running); }
 void made_progress() { grid->spins = 0; }
@@ -144,21 +143,33 @@ void yield_at(const void* pc) {
   const double draw = static_cast<double>(grid->random() >> 11) * 0x1p-53;
   if (draw >= options.yield) return;
   if (++grid->spins > kSpinLimit)
-    fail("livelock", name_of(running) + " spins, and no thread gets any further", {pc});
+    fail(make_finding("livelock", {pc}, "%s spins, and no thread gets any further", name_of(running).text));
   make_ready(running);
   wait();
 }
 
-void fail(const char* kind, const std::string& message, std::vector<const void*> at) {
-  if (!grid->failure) grid->failure.reset(new Finding{kind, message, std::move(at)});
+Finding make_finding(const char* kind, At at, const char* format, ...) {
+  Finding finding{};
+  snprintf(finding.kind, sizeof finding.kind, "%s", kind);
+  va_list values;
+  va_start(values, format);
+  vsnprintf(finding.message, sizeof finding.message, format, values);
+  va_end(values);
+  finding.at[0] = at.guilty;
+  finding.at[1] = at.other;
+  return finding;
+}
+
+void fail(const Finding& finding) {
+  if (!grid->failure) grid->failure.reset(new Finding(finding));
   for (;;) switch_to_host(running);
 }
 
-std::string name_of(const Fiber* fiber) {
-  const auto triple = [](uint3 i) {
-    return "(" + std::to_string(i.x) + "," + std::to_string(i.y) + "," + std::to_string(i.z) + ")";
-  };
-  return "thread " + triple(fiber->context.thread) + " of block " + triple(fiber->context.block);
+Name name_of(const Fiber* fiber) {
+  const uint3 t = fiber->context.thread, b = fiber->context.block;
+  Name name;
+  snprintf(name.text, sizeof name.text, "thread (%u,%u,%u) of block (%u,%u,%u)", t.x, t.y, t.z, b.x, b.y, b.z);
+  return name;
 }
 
 void run_thread() {

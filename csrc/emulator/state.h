@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 #include <vector>
 
 #include "runtime.h"
@@ -26,6 +25,7 @@ struct Copy {
   int bytes;
   bool valid;
   int group;
+  const void* pc;
 };
 
 struct Fiber;
@@ -35,7 +35,6 @@ struct Meeting {
   unsigned mask = 0, arrived = 0;
   int generation = 0;
   WarpOp op = WarpOp::sync;
-  Site site{};
   const void* pc = nullptr;
   Tag* tags[2] = {new_tag(), new_tag()};
   Lanes lanes[2];
@@ -90,20 +89,27 @@ void make_ready(Fiber* fiber);
 void wait();                    // until someone makes the running fiber ready
 void yield_at(const void* pc);  // perhaps lets another thread run
 void made_progress();           // some thread got past a rendezvous: not a livelock
-[[noreturn]] void fail(const char* kind, const std::string& message, std::vector<const void*> at);
-std::string name_of(const Fiber* fiber);
 
-const Lanes& meet(unsigned mask, WarpOp op, const void* mine, size_t bytes, Site site, const void* pc);
+struct At {
+  const void *guilty, *other = nullptr;
+};
+Finding make_finding(const char* kind, At at, const char* format, ...) __attribute__((format(printf, 3, 4)));
+[[noreturn]] void fail(const Finding& finding);
+
+struct Name {
+  char text[96];
+};
+Name name_of(const Fiber* fiber);
+
+const Lanes& meet(unsigned mask, WarpOp op, const void* mine, size_t bytes, const void* pc);
 void lane_exits(Fiber* fiber);  // rendezvous that the fiber's end completes or breaks
 void forget_fences();
-
-void raw_copy(void* to, const void* from, size_t bytes);  // invisible to sanitizers
-void raw_fill(void* to, int byte, size_t bytes);
 
 char* map_stack();
 void unmap_stack(char* stack);
 char* allocate_shared(size_t bytes);
 void free_shared(char* data, size_t bytes);
+bool shared_intact(const Block* block);  // nothing was written just before or after an array
 
 enum class Space { other, global, shared };
 struct Place {

@@ -21,15 +21,17 @@ double element(unsigned pair, int half, bool bf16) {
 
 }  // namespace
 
-void ldmatrix(unsigned* out, const void* row, int matrices, bool transposed, Site site) {
+void ldmatrix(unsigned* out, const void* row, int matrices, bool transposed) {
   const void* pc = __builtin_return_address(0);
   const int lane = running->context.lane;
   if (lane < 8 * matrices) {
-    if (reinterpret_cast<uintptr_t>(row) % 16) fail("misaligned-access", "a row of ldmatrix is not aligned to 16 bytes", {pc});
-    if (place_of(row).space != Space::shared) fail("out-of-bounds", "a row of ldmatrix is not in this block's shared memory", {pc});
+    if (reinterpret_cast<uintptr_t>(row) % 16) 
+      fail(make_finding("misaligned-access", {pc}, "a row of ldmatrix is not aligned to 16 bytes"));
+    if (place_of(row).space != Space::shared) 
+      fail(make_finding("out-of-bounds", {pc}, "a row of ldmatrix is not in this block's shared memory"));
     show_read(row, 16, pc);
   }
-  const Lanes& lanes = meet(~0u, WarpOp::ldmatrix, &row, sizeof row, site, pc);
+  const Lanes& lanes = meet(~0u, WarpOp::ldmatrix, &row, sizeof row, pc);
   const auto at = [&](int matrix, int r, int c) -> unsigned {
     return lanes.get<const uint16_t*>(8 * matrix + r)[c];
   };
@@ -40,11 +42,11 @@ void ldmatrix(unsigned* out, const void* row, int matrices, bool transposed, Sit
 }
 
 // Products are exact; their sum is rounded once. The hardware's order and truncation are not documented.
-void mma_m16n8k16(float* d, const unsigned* a, const unsigned* b, bool bf16, Site site) {
+void mma_m16n8k16(float* d, const unsigned* a, const unsigned* b, bool bf16) {
   Fragments mine;
   std::memcpy(mine.a, a, sizeof mine.a);
   std::memcpy(mine.b, b, sizeof mine.b);
-  const Lanes& lanes = meet(~0u, WarpOp::mma, &mine, sizeof mine, site, __builtin_return_address(0));
+  const Lanes& lanes = meet(~0u, WarpOp::mma, &mine, sizeof mine, __builtin_return_address(0));
   const int lane = running->context.lane;
   for (int i = 0; i < 4; i++) {
     const int row = lane / 4, column = lane % 4 * 2 + i % 2, low_or_high = i / 2;

@@ -10,16 +10,16 @@ GPU_DEVICE void cp_async_commit() { emu::cp_async_commit(); }
 template <int Pending>
 GPU_DEVICE void cp_async_wait() { emu::cp_async_wait(Pending); }
 
-GPU_DEVICE void ldmatrix_x4(unsigned (&r)[4], const void* row, emu::Site site = emu::Site::here()) { emu::ldmatrix(r, row, 4, false, site); }
-GPU_DEVICE void ldmatrix_x2(unsigned (&r)[2], const void* row, emu::Site site = emu::Site::here()) { emu::ldmatrix(r, row, 2, false, site); }
-GPU_DEVICE void ldmatrix_x4_trans(unsigned (&r)[4], const void* row, emu::Site site = emu::Site::here()) { emu::ldmatrix(r, row, 4, true, site); }
-GPU_DEVICE void ldmatrix_x2_trans(unsigned (&r)[2], const void* row, emu::Site site = emu::Site::here()) { emu::ldmatrix(r, row, 2, true, site); }
+GPU_DEVICE void ldmatrix_x4(unsigned (&r)[4], const void* row) { emu::ldmatrix(r, row, 4, false); }
+GPU_DEVICE void ldmatrix_x2(unsigned (&r)[2], const void* row) { emu::ldmatrix(r, row, 2, false); }
+GPU_DEVICE void ldmatrix_x4_trans(unsigned (&r)[4], const void* row) { emu::ldmatrix(r, row, 4, true); }
+GPU_DEVICE void ldmatrix_x2_trans(unsigned (&r)[2], const void* row) { emu::ldmatrix(r, row, 2, true); }
 
-GPU_DEVICE void mma_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], emu::Site site = emu::Site::here()) {
-  emu::mma_m16n8k16(d, a, b, true, site);
+GPU_DEVICE void mma_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  emu::mma_m16n8k16(d, a, b, true);
 }
-GPU_DEVICE void mma_f16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], emu::Site site = emu::Site::here()) {
-  emu::mma_m16n8k16(d, a, b, false, site);
+GPU_DEVICE void mma_f16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  emu::mma_m16n8k16(d, a, b, false);
 }
 
 }  // namespace gpu

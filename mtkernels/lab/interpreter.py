@@ -11,6 +11,7 @@ and computes on the values: elementwise in float32 with one rounding, dot with f
 import os
 from contextlib import contextmanager
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -26,25 +27,25 @@ def install():
     """Patch the interpreter. Does nothing outside TRITON_INTERPRET=1 or when already installed."""
     if _originals or not interpreting():
         return
-    from triton.runtime.interpreter import InterpreterBuilder
+    from triton.runtime import interpreter as stock
 
-    patches = {**_cast_patches(InterpreterBuilder), **_arithmetic_patches(InterpreterBuilder)}
-    for name, patch in patches.items():
-        _originals[name] = InterpreterBuilder.__dict__.get(name)
-        setattr(InterpreterBuilder, name, patch)
+    builder = stock.InterpreterBuilder
+    for name, patch in {**_cast_patches(builder), **_arithmetic_patches(builder)}.items():
+        _originals[builder, name] = vars(builder).get(name)
+        setattr(builder, name, patch)
+    _originals[stock, "_patch_lang"] = stock._patch_lang
+    stock._patch_lang = _patch_lang_once(stock._patch_lang)
 
 
 def uninstall():
     """Put the stock interpreter back."""
     if not _originals:
         return
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    for name, stock in _originals.items():
+    for (owner, name), stock in _originals.items():
         if stock is None:
-            delattr(InterpreterBuilder, name)
+            delattr(owner, name)
         else:
-            setattr(InterpreterBuilder, name, stock)
+            setattr(owner, name, stock)
     _originals.clear()
 
 
@@ -58,6 +59,30 @@ def repaired():
     finally:
         if not before:
             uninstall()
+
+
+def _patch_lang_once(stock):
+    """Patch the language once a launch: the stock interpreter does it again, in vain, at every call of a jit helper."""
+    import triton.language as tl
+
+    patched = set()
+
+    def patch_lang(fn):
+        modules = frozenset(id(value) for value in fn.__globals__.values() if value is tl or value is tl.core)
+        if modules in patched:
+            return SimpleNamespace(restore=lambda: None)
+        patched.add(modules)
+        scope = stock(fn)
+        restore = scope.restore
+
+        def restore_and_forget():
+            patched.clear()
+            restore()
+
+        scope.restore = restore_and_forget
+        return scope
+
+    return patch_lang
 
 
 @cache

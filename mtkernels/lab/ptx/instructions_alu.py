@@ -172,19 +172,35 @@ def _copysign(w, i):
     w.result(i.args[0], f"np.copysign({magnitude}, {sign})", i.types[-1])
 
 
+@emits("set")
+def _set(w, i):
+    to, t = i.types[:2]
+    expression = _comparison(i, t, *(w.value(x, t) for x in i.args[1:3]))
+    if len(i.args) > 3:
+        raise Unsupported(i, "set with a third operand is not modelled")
+    if to in _FLOATS:
+        kind = {"f16x2": "f2", "f16": "f2"}.get(to, "f4")
+        return w.result(i.args[0], f"({expression}).astype({kind})", to)
+    w.result(i.args[0], f"where({expression}, u4.type(0xFFFFFFFF), u4.type(0))", "u32")
+
+
+def _comparison(i, t, a, b):
+    """Boolean expression of setp and set; unordered variants end in u."""
+    compare = i.parts[1]
+    if compare in ("num", "nan"):
+        return f"{'~' if compare == 'num' else ''}(np.isnan({a}) | np.isnan({b}))"
+    if compare not in _COMPARE:
+        return f"(({a} {_COMPARE[compare[:-1]]} {b}) | ({a} != {a}) | ({b} != {b}))"
+    if compare == "ne" and t in _FLOATS:
+        # numpy's != is true for NaN, PTX's ne is not.
+        return f"(({a} != {b}) & ({a} == {a}) & ({b} == {b}))"
+    return f"({a} {_COMPARE[compare]} {b})"
+
+
 @emits("setp")
 def _setp(w, i):
-    t, compare = i.types[-1], i.parts[1]
-    a, b = (w.value(x, t) for x in i.args[1:3])
-    if compare in ("num", "nan"):
-        expression = f"{'~' if compare == 'num' else ''}(np.isnan({a}) | np.isnan({b}))"
-    elif compare in _COMPARE:
-        # numpy's != is true for NaN, PTX's ne is not.
-        expression = f"({a} {_COMPARE[compare]} {b})"
-        if compare == "ne" and t in _FLOATS:
-            expression = f"({expression} & ({a} == {a}) & ({b} == {b}))"
-    else:
-        expression = f"(({a} {_COMPARE[compare[:-1]]} {b}) | ({a} != {a}) | ({b} != {b}))"
+    t = i.types[-1]
+    expression = _comparison(i, t, *(w.value(x, t) for x in i.args[1:3]))
     first, *second = (d.strip() for d in i.args[0].split("|"))
     if t in ("f16x2", "bf16x2"):
         pair = w.temporary(expression)
@@ -221,7 +237,7 @@ def _mov(w, i):
         whole = w.raw(source, bits(t))
         for n, part in enumerate(parts):
             shifted = f"({whole} >> u{bits(t) // 8}.type({n * width}))" if n else whole
-            w.assign_raw(part, w.temporary(f"{shifted}.astype(u{width // 8})"), width)
+            w.result(part, f"{shifted}.astype(u{width // 8})", f"u{width}")
     elif source.startswith("{"):
         parts = unbrace(source)
         width, whole = bits(t) // len(parts), f"u{bits(t) // 8}"

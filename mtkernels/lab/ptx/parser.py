@@ -50,7 +50,8 @@ class Instruction:
     @cached_property
     def where(self):
         file, line = self.source
-        return f"{PurePath(file).name}:{line}, PTX line {self.ptx_line}: {self.text}"
+        text = self.text if len(self.text) <= 120 else f"{self.text[:117]}..."
+        return f"{PurePath(file).name}:{line}, PTX line {self.ptx_line}: {text}"
 
 
 @dataclass
@@ -158,7 +159,7 @@ def _statements(body, first_line):
         if "inline asm" in comment:
             yield number, "//" + comment.split()[0]
         line = line.strip()
-        if line.startswith((".loc", ".file", ".pragma")):
+        if re.match(r"\.(loc|file|pragma)\s", line):
             yield number, line.rstrip(";")
             continue
         for piece in re.findall(r"[^;]+;|[^;]+$", line):
@@ -182,7 +183,7 @@ def _instructions(kernel, body, first_line, files):
             # Inline asm may reuse a label name in every scope.
             opened += 1
             scopes = (*scopes, opened) if statement == "{" else scopes[:-1]
-        elif statement.startswith(".loc"):
+        elif statement.startswith((".loc ", ".loc\t")):
             file, line = statement.split()[1:3]
             # LLVM counts the lines inside an asm block as if they were source lines; line 0 is code of no line.
             if not in_asm and line != "0":

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import instructions_alu, instructions_hopper, instructions_memory, instructions_warp, numerics
+from . import async_proxy, instructions_alu, instructions_carry, instructions_hopper, instructions_memory, instructions_warp, numerics
 from .errors import Unsupported
 from .writer import Writer, local, storage_types
 
@@ -26,17 +26,14 @@ class Block:
     end: int
     jump: object = None
     target: int = -1
+    # repeats itself until a barrier in memory completes
+    spins: bool = False
     run: object = None
     live_in: tuple = ()
 
 
 def is_barrier(i):
     return i.name in ("bar", "barrier") and "warp" not in i.parts and "cluster" not in i.parts
-
-
-def is_wait(i):
-    """Lanes stay at this instruction until the barrier in memory completes."""
-    return i.name == "mbarrier" and i.parts[1] in ("try_wait", "test_wait")
 
 
 def split(kernel):
@@ -46,18 +43,18 @@ def split(kernel):
     for i in instructions:
         if i.name in _JUMPS or is_barrier(i):
             leaders.add(i.index + 1)
-        if is_wait(i):
-            leaders |= {i.index, i.index + 1}
     leaders = sorted(x for x in leaders if x < len(instructions))
     starts = {start: n for n, start in enumerate(leaders)}
     blocks = []
     for n, (start, end) in enumerate(zip(leaders, [*leaders[1:], len(instructions)])):
         block = Block(n, start, end)
         last = instructions[end - 1]
-        if last.name in _JUMPS or is_barrier(last) or is_wait(last):
+        if last.name in _JUMPS or is_barrier(last):
             block.jump = last
         if last.name == "bra":
             block.target = starts.get(kernel.labels[last.args[0]], len(leaders))
+            waits = any(i.name == "mbarrier" and i.parts[1] in ("try_wait", "test_wait") for i in instructions[start:end])
+            block.spins = waits and block.target == n and last.guard is not None
         blocks.append(block)
     return blocks
 
@@ -68,7 +65,7 @@ class Translation:
     def __init__(self, kernel):
         kernel.data_addresses = _data_addresses(kernel)
         self.kernel = kernel
-        self.storage = storage_types(kernel)
+        self.storage = storage_types(kernel) | {instructions_carry.CARRY: "u4"}
         self.slots = {name: n for n, name in enumerate(self.storage)}
         self.blocks = split(kernel)
         constants = {}
@@ -88,11 +85,14 @@ class Translation:
         writer = Writer(self.kernel, self.storage, constants)
         for i in self.kernel.instructions[block.start : block.end]:
             writer.start(i)
+            if is_barrier(i) and ("arrive" in i.parts or "red" in i.parts):
+                raise Unsupported(i, "of the block barriers only sync is modelled")
             if i.name in _JUMPS or is_barrier(i):
                 continue
-            if i.name not in EMITTERS:
+            emit = instructions_carry.emit if instructions_carry.is_extended(i) else EMITTERS.get(i.name)
+            if emit is None:
                 raise Unsupported(i)
-            EMITTERS[i.name](writer, i)
+            emit(writer, i)
         return writer
 
     def _liveness(self, writers):
@@ -118,7 +118,7 @@ class Translation:
 
     def _successors(self, block):
         jump = block.jump
-        if jump is None or is_barrier(jump) or is_wait(jump):
+        if jump is None or is_barrier(jump):
             return [block.index + 1]
         following = [block.index + 1] if jump.guard else []
         return following + ([block.target] if jump.name == "bra" else [])
@@ -126,7 +126,7 @@ class Translation:
     def _function(self, block, writer, live_out):
         slots, jump = self.slots, block.jump
         taken = "None"
-        if jump is not None and jump.guard and not is_wait(jump):
+        if jump is not None and jump.guard:
             writer.start(jump)
             taken = writer.guard
         lines = [f"{local(r)} = R[{slots[r]}]" for r in sorted(writer.uses)]
@@ -137,25 +137,25 @@ class Translation:
             lines += [f"    R[{slot}] = {name}" for slot, name in kept]
             lines.append("else:")
             lines += [f"    R[{slot}] = where(m, {name}, R[{slot}])" for slot, name in kept]
-        lines.append(f"return {taken}" if not (jump is not None and is_wait(jump)) else "return ready")
+        lines.append(f"return {taken}")
         return [f"def block_{block.index}(s, R, m):", *(f"    {line}" for line in lines)]
 
     def undefined_registers(self):
         """Initial registers: all bits set, so that a value nobody wrote shows."""
-        return [np.full((1, 1), 255, "u1").repeat(max(1, _size(t)), 1).view(t) if t != "?" else np.zeros((1, 1), bool) for t in self.storage.values()]
-
-
-def _size(dtype):
-    return np.dtype(dtype).itemsize
+        values = {t: np.full((1, np.dtype(t).itemsize), 255, "u1").view(t) for t in set(self.storage.values()) - {"?"}}
+        values["?"] = np.zeros((1, 1), bool)
+        return [values[t] for t in self.storage.values()]
 
 
 def _data_addresses(kernel):
-    """Module-level arrays live in an address range of their own."""
+    """Module-level arrays and parameters that are read by address (tensor maps) get address ranges of their own."""
     addresses, position = {}, 1 << 60
     for name, raw in kernel.data.items():
         addresses[name] = position
         position += -(-len(raw) // 256) * 256 + 4096
-    return addresses
+    # Addresses of parameters must fit 32 bits.
+    sized = [name for name, (_, elements) in kernel.params.items() if elements > 1]
+    return addresses | {name: 4096 * (n + 1) for n, name in enumerate(sized)}
 
 
 def both(mask, guard):
@@ -167,6 +167,6 @@ def both(mask, guard):
 def _environment():
     types = {f"{kind}{size}": np.dtype(f"{kind}{size}") for kind, sizes in (("u", (1, 2, 4, 8)), ("i", (1, 2, 4, 8)), ("f", (2, 4, 8))) for size in sizes}
     runtime = {}
-    for module in (numerics, instructions_memory, instructions_warp, instructions_hopper):
+    for module in (numerics, instructions_carry, async_proxy, instructions_memory, instructions_warp, instructions_hopper):
         runtime |= {k: v for k, v in vars(module).items() if callable(v) and not k.startswith("_")}
     return runtime | types | {"np": np, "where": np.where, "both": both, "FP8": numerics.FP8}

@@ -23,7 +23,8 @@ class Writer:
         self.kernel, self.storage, self.constants = kernel, storage, constants
         self.lines, self.temporaries = [], 0
         self.uses, self.defs = set(), set()
-        self.views = {}
+        self.views, self.fragments = {}, {}
+        self.call_arguments = {}
         self.instruction = self.guard = None
 
     def start(self, instruction):
@@ -167,6 +168,7 @@ class Writer:
         have, name = self.storage[destination], local(destination)
         old = self.register(destination) if self.guard else None
         self.views.pop(destination, None)
+        self.fragments = {k: v for k, v in self.fragments.items() if destination not in k}
         if self.guard:
             if have != dtype:
                 expression = f"({expression}).view({have})"
@@ -185,6 +187,12 @@ class Writer:
             guard, self.guard = self.guard, None
             self.result(destination, name, f"u{width}")
             self.guard = guard
+
+    def fragment(self, key, expression):
+        """Matrix operand built from several registers, kept until one of them changes; key = (role, type, *registers)."""
+        if key not in self.fragments:
+            self.fragments[key] = self.temporary(expression)
+        return self.fragments[key]
 
     def old(self, destination, width):
         """What a register holds before a guarded instruction, as unsigned bits."""

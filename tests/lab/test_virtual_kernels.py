@@ -1,0 +1,152 @@
+"""The package's own Triton kernels as compiled for sm_80 and sm_90, executed and compared with the reference."""
+
+import os
+from importlib import import_module
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET", "0") == "1":
+    pytest.skip("the virtual GPU runs compiled kernels; run in the ordinary process", allow_module_level=True)
+pytest.importorskip("triton")
+
+from mtkernels.lab.virtual_gpu import VirtualGPU
+from mtkernels.testing import FLOOR, poisoned, relative_error
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+
+
+class Compiled:
+    """The launchers of one stem, run on the virtual GPU with the configuration shipped for it."""
+
+    def __init__(self, arch, monkeypatch):
+        self.arch, self.monkeypatch, self.launches = arch, monkeypatch, []
+
+    def __call__(self, stem, function, *args):
+        module = import_module(f"mtkernels.triton_kernels.{stem}")
+        self.monkeypatch.setattr(module, "arch_of", lambda device: f"sm_{self.arch}")
+        with poisoned(), VirtualGPU(self.arch) as gpu:
+            result = getattr(module, function)(*args)
+        self.launches = gpu.launches
+        return result
+
+
+@pytest.fixture(params=[80, 90], ids=["sm80", "sm90"])
+def compiled(request, monkeypatch):
+    return Compiled(request.param, monkeypatch)
+
+
+def reference(stem, function, *args):
+    return getattr(import_module(f"mtkernels.reference.{stem}"), function)(*args)
+
+
+def plan_of(ids, n_groups):
+    return reference("group_plan", "group_plan", ids, n_groups)
+
+
+def assert_close(actual, expected, dtype):
+    for n, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert a.shape == e.shape and a.dtype == e.dtype
+        assert torch.equal(a.isnan(), e.isnan()), n
+        assert relative_error(a.nan_to_num(), e.nan_to_num()) < 4 * FLOOR[dtype], n
+
+
+def several_programs(compiled, *kernels):
+    """Each kernel ran with more than one program."""
+    programs = {launch.kernel: launch.grid for launch in compiled.launches}
+    for kernel in kernels:
+        assert max(programs[kernel]) > 1, programs
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_group_plan(dtype, compiled):
+    ids = torch.randint(-2, 72, (600,)).to(dtype)
+    ids[ids == 5] = 6
+    actual = compiled("group_plan", "group_plan", ids, 70)
+    for a, e in zip(actual, plan_of(ids, 70), strict=True):
+        assert torch.equal(a, e)
+    count = next(launch for launch in compiled.launches if "count" in launch.kernel)
+    assert min(count.grid[:2]) > 1
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_task_reduce(dtype, compiled):
+    ids = torch.randint(-1, 4, (2600,))
+    ids[torch.rand(2600) < 0.6] = 1
+    ids32, _, offsets, perm, _, tiles = plan_of(ids, 5)
+    values, coef = torch.randn(2600).to(dtype), torch.randn(2600)
+    sums = compiled("task_reduce", "task_reduce_fwd", values, coef, offsets, perm, tiles)
+    assert_close([sums], [reference("task_reduce", "task_reduce_fwd", values, coef, offsets, perm, tiles)], F32)
+    several_programs(compiled, "_task_reduce_chunks_kernel", "_task_reduce_finish_kernel")
+    backward = torch.randn(5), values, coef, ids32
+    assert_close(compiled("task_reduce", "task_reduce_bwd", *backward), reference("task_reduce", "task_reduce_bwd", *backward), dtype)
+    several_programs(compiled, "_task_reduce_bwd_kernel")
+
+
+@pytest.mark.parametrize("dtype, n_classes", [(F32, 53), (BF16, 53), (F32, 5000), (BF16, 4099)])
+def test_task_cross_entropy(dtype, n_classes, compiled):
+    T = 41
+    logits = torch.randn(T, n_classes + 3).to(dtype)[:, :n_classes]
+    target, ids = torch.randint(0, n_classes, (T,)), torch.randint(-1, 3, (T,)).int()
+    target[3], target[5], ids[5], logits[:, 7] = -100, n_classes, 0, -torch.inf
+    target[target == 7] = 8
+    forward = logits, target, ids, -100
+    nll, lse = compiled("task_cross_entropy", "task_cross_entropy_fwd", *forward)
+    assert_close([nll, lse], reference("task_cross_entropy", "task_cross_entropy_fwd", *forward), F32)
+    backward = torch.randn(T), logits, target, ids, lse, -100
+    actual = compiled("task_cross_entropy", "task_cross_entropy_bwd", *backward)
+    assert_close([actual], [reference("task_cross_entropy", "task_cross_entropy_bwd", *backward)], dtype)
+    several_programs(compiled, "_task_cross_entropy_bwd_kernel")
+
+
+def lora_problem(dtype, ranks, T=150, D=72, O=104):
+    """Ragged groups, an adapter without rows, ids of no adapter, every kind of dropout; odd adapters have a bias."""
+    n = len(ranks)
+    ids = torch.randint(-1, n, (T,))
+    ids[ids == 0] = n - 1
+    _, _, offsets, perm, _, tiles = plan_of(ids, n)
+    A, B = [torch.randn(r, D).to(dtype) for r in ranks], [torch.randn(O, r).to(dtype) for r in ranks]
+    bias = [torch.randn(O if i % 2 else 0).to(dtype) for i in range(n)]
+    threshold = torch.tensor([0, 32768, 16384, 65536, 3277, 40000][:n], dtype=torch.int32)
+    adapters = torch.rand(n), threshold, torch.arange(7, 7 + n), offsets, perm, tiles, torch.tensor(2**32 + 11), 3, True
+    rows = {name: torch.randn(T, width + 8).to(dtype)[:, :width] for name, width in (("x", D), ("dy", O), ("y", O), ("dx", D))}
+    return A, B, bias, adapters, rows
+
+
+# One rank bucket compiles in half the time of several.
+LORA = {
+    "sm80-fp32": (80, F32, [3, 0, 16, 1, 33]),
+    "sm80-bf16": (80, BF16, [3, 0, 16, 1, 7, 33]),
+    "sm80-fp16": (80, F16, [16, 5, 8]),
+    "sm90-bf16": (90, BF16, [3, 40, 0, 1, 16, 33]),
+}
+
+
+@pytest.mark.parametrize("case", LORA)
+def test_lora(case, monkeypatch):
+    arch, dtype, ranks = LORA[case]
+    compiled = Compiled(arch, monkeypatch)
+    A, B, bias, adapters, rows = lora_problem(dtype, ranks)
+    y, expected_y = rows["y"].contiguous(), rows["y"].clone()
+    s = compiled("lora", "lora_fwd", rows["x"], A, B, bias, *adapters, y)
+    expected_s = reference("lora", "lora_fwd", rows["x"], A, B, bias, *adapters, expected_y)
+    assert_close([s, y], [expected_s, expected_y], dtype)
+    several_programs(compiled, "_lora_shrink_kernel", "_lora_expand_kernel")
+
+    dx, expected_dx = rows["dx"].contiguous(), rows["dx"].clone()
+    backward = rows["dy"], rows["x"], expected_s, A, B, bias, *adapters
+    actual = compiled("lora", "lora_bwd", *backward, dx, True)
+    assert_close([dx, *actual], [expected_dx, *reference("lora", "lora_bwd", *backward, expected_dx, True)], dtype)
+    assert any("factor_grad" in launch.kernel and min(launch.grid[:2]) > 1 for launch in compiled.launches)
+    if dtype != F32:
+        assert all(launch.instructions["tensor core"] for launch in compiled.launches)
+
+
+def test_factors_of_several_chunks(monkeypatch):
+    """An adapter with more rows than one chunk goes through partial sums."""
+    compiled = Compiled(80, monkeypatch)
+    A, B, bias, adapters, rows = lora_problem(F32, [4, 2], T=2200, D=16, O=8)
+    s = torch.randn(2200, 4)
+    backward = rows["dy"], rows["x"], s, A, B, bias, *adapters
+    actual = compiled("lora", "lora_bwd", *backward, None, True)
+    assert_close(actual, reference("lora", "lora_bwd", *backward, None, True), F32)
