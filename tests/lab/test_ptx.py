@@ -176,7 +176,7 @@ def test_misaligned_and_foreign_addresses_are_found():
         run(" ld.global.v2.u32 {%r2, %r3}, [%a10];", words())
     with pytest.raises(Finding, match=r"out of bounds: 4 bytes at byte -4 of arg0"):
         run(" ld.global.u32 %r2, [%a10+-4];", words())
-    with pytest.raises(Finding, match="near no argument"):
+    with pytest.raises(Finding, match="global memory out of bounds: 4 bytes at"):
         run(" mov.b64 %a12, 64;\n ld.global.u32 %r2, [%a12];", words())
 
 
