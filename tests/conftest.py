@@ -58,3 +58,17 @@ def repaired_interpreter():
 
         interpreter.install()
     yield
+
+
+@pytest.fixture(autouse=True)
+def probed(request):
+    """Interpreted ways run under the probe, and any finding fails the test."""
+    if not INTERPRETING or not {"way", "kernel_way"} & set(request.fixturenames):
+        yield
+        return
+    from mtkernels.lab.probe import Probe
+
+    with Probe(seed=0) as probe:
+        yield
+    if probe.findings:
+        pytest.fail("\n".join(map(str, probe.findings)), pytrace=False)

@@ -1,6 +1,8 @@
 // What one call of the LoRA kernels works on, and the work items it is cut into. Plain data: shared by the driver and every ISA's kernels.
 #pragma once
 
+#include "../common/element.h"
+
 #include <cstdint>
 
 // Clang has no `#pragma GCC target`; there, and on other processors, the generic kernels are all there is.
@@ -9,8 +11,6 @@
 #endif
 
 namespace mtk::cpu {
-
-enum class Element { f32, bf16, f16 };
 
 struct RowMatrix {
   void* data;

@@ -8,8 +8,7 @@ from importlib import import_module
 
 _HOMES = {
     "CudaEmulator": "cuda_emulator",
-    "Finding": "ptx",
-    "Unsupported": "ptx",
+    "Probe": "probe",
     "VirtualGPU": "virtual_gpu",
     "record_launches": "recorder",
     "summary": "recorder",

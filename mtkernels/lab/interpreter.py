@@ -87,13 +87,11 @@ def _patch_lang_once(stock):
 
 @cache
 def _formats():
-    """Triton dtype -> (torch dtype, bit-pattern dtypes of numpy and torch, largest finite value to saturate at)."""
-    import triton.language as tl
-
+    """Name of a Triton dtype -> (torch dtype, numpy and torch dtypes of its patterns, largest value or None)."""
     return {
-        tl.bfloat16: (torch.bfloat16, np.uint16, torch.uint16, None),
-        tl.float8e4nv: (torch.float8_e4m3fn, np.uint8, torch.uint8, 448.0),
-        tl.float8e5: (torch.float8_e5m2, np.uint8, torch.uint8, 57344.0),
+        "bf16": (torch.bfloat16, np.uint16, torch.uint16, None),
+        "fp8e4nv": (torch.float8_e4m3fn, np.uint8, torch.uint8, 448.0),
+        "fp8e5": (torch.float8_e5m2, np.uint8, torch.uint8, 57344.0),
     }
 
 
@@ -115,14 +113,14 @@ def _patterns(values, fmt):
 
 def _widen(handle):
     """Values of a handle: float32 for the formats kept as bit patterns, its own data otherwise."""
-    fmt = _formats().get(handle.dtype.scalar)
+    fmt = _formats().get(handle.dtype.scalar.name)
     return handle.data if fmt is None else _values(handle.data, fmt)
 
 
 def _narrow(values, dtype):
     from triton.runtime.interpreter import TensorHandle, _get_np_dtype
 
-    fmt = _formats().get(dtype)
+    fmt = _formats().get(dtype.name)
     return TensorHandle(values.astype(_get_np_dtype(dtype)) if fmt is None else _patterns(values, fmt), dtype)
 
 
@@ -133,12 +131,12 @@ def _cast_patches(builder):
 
     def cast(self, src, dst_type, *rest, **kwargs):
         src_dtype, dst = src.dtype.scalar, dst_type.scalar
-        if src_dtype == dst or not (src_dtype in formats or dst in formats):
+        if src_dtype == dst or not (src_dtype.name in formats or dst.name in formats):
             return stock_cast(self, src, dst_type, *rest, **kwargs)
         return _narrow(_widen(src), dst)
 
     def fp_to_fp(self, src, dst_type, *rest, **kwargs):
-        if src.dtype.scalar in formats or dst_type.scalar in formats:
+        if src.dtype.scalar.name in formats or dst_type.scalar.name in formats:
             return cast(self, src, dst_type)
         return stock_fp_to_fp(self, src, dst_type, *rest, **kwargs)
 
@@ -159,7 +157,7 @@ def _lift(original):
         *handles, fn = args
         # np.where moves patterns unchanged; a GPU does not warn about inf and NaN.
         with np.errstate(all="ignore"):
-            dtype = next((h.dtype.scalar for h in handles if h.dtype.scalar in formats), None)
+            dtype = next((h.dtype.scalar for h in handles if h.dtype.scalar.name in formats), None)
             if dtype is None or fn is np.where:
                 result = original(self, *args)
                 # Stock comparisons keep the operand's dtype, which a later splat to a mask would take for integers.
@@ -175,7 +173,7 @@ def _arithmetic_patches(builder):
     stock_fma, stock_dot, stock_atomic = builder.create_fma, builder.create_dot, builder.create_atomic_rmw
 
     def fma(self, x, y, z):
-        if z.dtype.scalar not in formats:
+        if z.dtype.scalar.name not in formats:
             return stock_fma(self, x, y, z)
         # float64 holds the product exactly, so the sum is rounded once to float32 and once to 16 bits.
         return _narrow(_widen(x).astype(np.float64) * _widen(y) + _widen(z), z.dtype.scalar)
@@ -187,7 +185,7 @@ def _arithmetic_patches(builder):
         return _narrow(product + _widen(acc), acc.dtype.scalar)
 
     def atomic(self, rmw_op, ptr, val, mask, *rest, **kwargs):
-        if val.dtype.scalar not in formats:
+        if val.dtype.scalar.name not in formats:
             return stock_atomic(self, rmw_op, ptr, val, mask, *rest, **kwargs)
         return _atomic_add(rmw_op, ptr, val, mask)
 
@@ -200,7 +198,7 @@ def _atomic_add(rmw_op, ptr, val, mask):
     from triton.runtime import interpreter as stock
 
     if rmw_op != stock._ir.ATOMIC_OP.FADD:
-        raise NotImplementedError(f"atomic {rmw_op} on {val.dtype.scalar}; 16-bit and 8-bit floats have atomic_add only")
+        raise NotImplementedError(f"atomic {rmw_op} on {val.dtype.scalar}; bf16 and fp8 have atomic_add only")
     dtype, old = val.dtype.scalar, np.zeros(ptr.data.shape, val.data.dtype)
     addend = np.broadcast_to(_widen(val), old.shape)
     for lane in zip(*np.nonzero(np.broadcast_to(mask.data, old.shape))):
