@@ -17,7 +17,7 @@ test: build
 
 demo: build
 	$(PY) examples/finetune_tasks.py
-	$(PY) -m mtkernels.bench
+	$(PY) -m mtkernels.bench --plot out
 
 bench: build
 	$(PY) -m mtkernels.bench
