@@ -85,7 +85,7 @@ def test_cpu_without_the_extension_is_told_how_to_build_it(fresh, monkeypatch):
 
 
 def test_the_virtual_gpu_opens_triton_to_cpu_tensors():
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.8")
     from mtkernels.lab import VirtualGPU
 
     values, ids = torch.randn(40), torch.randint(0, 3, (40,))

@@ -138,7 +138,7 @@ def _to_tf32(data):
 
 
 def _dot_patches(builder, probe):
-    stock_dot, stock_scaled = builder.create_dot, builder.create_dot_scaled
+    stock_dot, stock_scaled = builder.create_dot, getattr(builder, "create_dot_scaled", None)
 
     def count(a_type, b_type, acc, depth):
         probe.launch.dot_flops[f"{a_type} x {b_type} -> {acc.dtype.scalar}"] += 2 * depth * acc.data.size
@@ -160,7 +160,8 @@ def _dot_patches(builder, probe):
         count(*names, acc, a.data.shape[-1] * (2 if packed else 1))
         return stock_scaled(self, a, a_scale, a_format, b, b_scale, b_format, fast_math, a_k_pack, *rest)
 
-    return {"create_dot": dot, "create_dot_scaled": dot_scaled}
+    # triton 3.7's interpreter has no dot_scaled
+    return {"create_dot": dot, **({"create_dot_scaled": dot_scaled} if stock_scaled else {})}
 
 
 def _grid_patches(builder, probe):

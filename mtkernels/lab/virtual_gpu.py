@@ -62,6 +62,10 @@ class VirtualGPU:
         self._stack = ExitStack()
 
     def __enter__(self):
+        import triton
+
+        if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8):
+            raise RuntimeError(f"the virtual GPU reads launches of triton 3.8 or newer, found {triton.__version__}; record_launches and Probe take this one")
         self._stack.enter_context(stub_driver(self.arch, self._launch))
         return self
 

@@ -7,7 +7,7 @@ import torch
 
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("the virtual GPU runs compiled kernels; run in the ordinary process", allow_module_level=True)
-triton = pytest.importorskip("triton")
+triton = pytest.importorskip("triton", minversion="3.8")
 
 import feature_kernels as k
 

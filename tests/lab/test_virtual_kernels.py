@@ -8,7 +8,7 @@ import torch
 
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("the virtual GPU runs compiled kernels; run in the ordinary process", allow_module_level=True)
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.8")
 
 from mtkernels.lab.virtual_gpu import VirtualGPU
 from mtkernels.testing import FLOOR, poisoned, relative_error
