@@ -208,10 +208,12 @@ class AdapterBatch:
 
     def _resolve(self):
         models = self._models or sorted(_MODELS, key=lambda model: -model.order)
-        if not models:
+        # held, so that none is collected before we are done; a model that already was concerns nobody
+        alive = [(model, root) for model in models if (root := model.root()) is not None or not isinstance(model.root, weakref.ref)]
+        if not alive:
             raise RuntimeError("adapters: no model is enabled; call mtkernels.enable(model) first")
         views, good = {}, []
-        for model in models:
+        for model, _ in alive:
             try:
                 model.refresh()
                 ids, used = resolve(self.ids, model.names())

@@ -1,6 +1,7 @@
 """enable, adapters and what PEFT does to an enabled model, against stock PEFT."""
 
 import copy
+import gc
 import threading
 
 import pytest
@@ -362,3 +363,14 @@ def test_two_models_read_the_same_block_their_own_way():
             second(input_ids=x)
 
 
+def test_a_model_that_is_gone_does_not_disturb_the_others():
+    from mtkernels.integrations.context import _MODELS
+
+    _, gone = pair()
+    _, enabled = pair()
+    state = next(m for m in layers(gone))._mtkernels.model
+    del gone
+    gc.collect()
+    assert state.root() is None and state in _MODELS
+    with torch.no_grad(), adapters(IDS):
+        enabled(input_ids=tokens())
