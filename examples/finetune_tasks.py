@@ -156,10 +156,10 @@ def memory(device, peak=False):
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch", type=int, default=16, help="rows of each task in every batch (default 16)")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, metavar="TASK", help=f"some of: {' '.join(TASKS)} (default all)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="of the adapters; the head takes ten times as much")
+    parser.add_argument("--lr", type=float, default=2e-3, help="of the adapters; the head takes ten times as much")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for results.json and curves.png")

@@ -29,26 +29,34 @@ def progress(way, names, steps):
         if len(done) in (1, steps) or len(done) % max(steps // 10, 1) == 0:
             print(f"step {len(done):4d}/{steps}  {summary(losses, statistics.median(done))}", flush=True)
 
-    bar = _rich_bar()
-    if bar is None:
+    live = _live_bar(TITLES[way], steps)
+    if live is None:
         print(TITLES[way], flush=True)
         yield show_line
         return
-    with bar:
-        task = bar.add_task(TITLES[way], total=steps, losses="")
-        yield lambda losses, seconds: bar.update(task, advance=1, losses=summary(losses, seconds))
+    screen, bar_and_text = live
+    with screen:
+        yield lambda losses, seconds: screen.update(bar_and_text(summary(losses, seconds)))
 
 
-def _rich_bar():
+def _live_bar(title, steps):
+    """A rich.Live, and a function that advances the bar and gives it with a text below; None without rich or a terminal."""
     try:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.console import Console, Group
+        from rich.live import Live
+        from rich.progress import Progress
     except ImportError:
         return None
     if not Console().is_terminal:
         return None
-    columns = "{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("\n{task.fields[losses]}")
-    return Progress(*columns)
+    bar = Progress()
+    task = bar.add_task(title, total=steps)
+
+    def bar_and_text(text):
+        bar.advance(task)
+        return Group(bar, text)
+
+    return Live(bar, refresh_per_second=4), bar_and_text
 
 
 def write(args, tasks, runs):
