@@ -82,14 +82,15 @@ def _swap_all(model):
     from peft import PeftModel
 
     from . import peft
-    from .context import Planner
+    from .context import Departure, Planner
 
     rows = []
     for prefix, owner in _owners(model):
         shared = _shared_of(owner, prefix)
         rows += peft.swap_layers(shared, owner)
         shared._known = tuple(shared.peft_config.items())
-        peft.unguard(owner, Planner)
+        peft.unguard(owner, (Departure, Planner))
+        owner.register_forward_hook(Departure(shared))
         owner.register_forward_pre_hook(Planner(shared), with_kwargs=True)
         for module in model.modules():
             if type(module) in (peft.LoraModel, peft.MtLoraModel) and module.model is owner:
@@ -151,10 +152,10 @@ def disable(model):
     if find_spec("peft") is None:
         return
     from . import peft
-    from .context import Planner
+    from .context import Departure, Planner
 
     for module in model.modules():
-        peft.unguard(module, (peft.Guard, peft.LossForwarder, Planner))
+        peft.unguard(module, (peft.Guard, peft.LossForwarder, Departure, Planner))
         if type(module) is peft.MtLoraLinear:
             module.__class__ = peft.Linear
         elif type(module) is peft.MtLoraModel:

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch._compile import _disable_dynamo  # torch.compiler.disable, without importing dynamo for seconds
 from torch._guards import TracingContext
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from ..ops import group_plan
@@ -22,6 +23,7 @@ _STASH = "mtkernels.adapters"  # torch carries this to the threads that run back
 class _Local(threading.local):
     views = None  # {model key: View, or the error to raise there}; {} = a recompute of a forward without `adapters`
     trusted = False  # views were put back by checkpoint_context
+    stray = None  # (graph task, model key) of a backward whose forward had other ids than the block it runs in
 
     def __init__(self):
         self.outer = []
@@ -198,7 +200,7 @@ class AdapterBatch:
     def __enter__(self):
         if self._views is None:
             self._views = self._resolve()
-        outer = _local.views
+        outer, _local.stray = _local.views, None
         _local.outer.append(outer)
         _set(self._views if self._models is None else {**(outer or {}), **self._views})
         return self
@@ -295,10 +297,10 @@ def _restored(views, inner):
 
 def current_view(model, site, name):
     """The view that layer `name` runs under, or None; raises in a recompute that lost its own."""
-    views = _local.views
     compiling = torch.compiler.is_compiling()
-    if views is None and not compiling and _in_backward() and torch._C._is_key_in_tls(_STASH):
-        views = torch._C._get_obj_in_tls(_STASH)  # reentrant checkpointing on a GPU: backward runs in another thread
+    views = _local.views if compiling else _views()
+    if _local.stray is not None and not _local.trusted:
+        (_refuse_stray_compiled if compiling else _refuse_stray)(model.key, name)
     view = None if views is None else views.get(model.key)
     if view is None:
         if model.strict and views is None and torch.is_grad_enabled():
@@ -309,6 +311,39 @@ def current_view(model, site, name):
     if not compiling:
         view.count(site, name)
     return view
+
+
+def _views():
+    if _local.views is None and _in_backward() and torch._C._is_key_in_tls(_STASH):
+        return torch._C._get_obj_in_tls(_STASH)  # reentrant checkpointing on a GPU: backward runs in another thread
+    return _local.views
+
+
+class Departure:
+    """Forward hook of an enabled model: its outputs remember the ids they were computed with until their backward."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, module, args, output):
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or _in_backward():
+            return
+        view = None if _local.views is None else _local.views.get(self.model.key)
+        if isinstance(view, View):
+            for node in {t.grad_fn for t in tree_leaves(output) if isinstance(t, torch.Tensor)} - {None}:
+                node.register_prehook(_Arrival(self.model.key, view))
+
+
+class _Arrival:
+    """Runs when backward reaches an output: a recompute under another block's ids must raise from here on."""
+
+    def __init__(self, key, view):
+        self.key, self.view = key, view
+
+    def __call__(self, grads):
+        views = _views()
+        if views is not None and views.get(self.key) is not self.view:
+            _local.stray = torch._C._current_graph_task_id(), self.key
 
 
 class Planner:
@@ -341,4 +376,11 @@ def _refuse_recompute(name):
         raise RuntimeError(f"{name}: runs inside backward (a checkpoint's recompute) without the `adapters` of its forward. " + _REMEDY)
 
 
+def _refuse_stray(key, name):
+    if _local.stray == (torch._C._current_graph_task_id(), key):
+        _local.stray = None  # this backward ends here
+        raise RuntimeError(f"{name}: recomputed in backward under an `adapters` block in which this loss did not run forward, so with another batch's ids. " + _REMEDY)
+
+
 _refuse_compiled = _disable_dynamo(_refuse_recompute)
+_refuse_stray_compiled = _disable_dynamo(_refuse_stray)

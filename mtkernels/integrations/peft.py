@@ -283,6 +283,9 @@ def unguard(module, kinds=(Guard,)):
         if isinstance(hook, kinds):
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
+    for key, hook in list(module._forward_hooks.items()):
+        if isinstance(hook, kinds):
+            del module._forward_hooks[key]
 
 
 def _class_name(module):

@@ -79,6 +79,48 @@ def test_backward_inside_another_block_raises(model, checkpointing):
         (first + model(input_ids=x, labels=x).loss).backward()
 
 
+@pytest.mark.parametrize("checkpointing", [REENTRANT, PLAIN])
+@pytest.mark.parametrize("first", [0, 1])
+def test_late_backward_in_the_next_block_raises(model, checkpointing, first):
+    """Both batches ran forward; only the ids say that the first one's recompute would take the second one's adapters."""
+    model.gradient_checkpointing_enable(checkpointing)
+    model.enable_input_require_grads()
+    with adapters(IDS):
+        losses = [model(input_ids=tokens(seed=1)).logits.square().sum()]
+    with adapters(IDS.flip(0)):
+        losses.append(model(input_ids=tokens(seed=2)).logits.square().sum())
+        if first == 1:
+            losses[1].backward()
+        with pytest.raises(RuntimeError, match="this loss did not run forward.*context_fn"):
+            losses[0].backward()
+    want = step(model, checkpointing)  # and nothing of it lingers
+    assert_same(step(model, checkpointing), want)
+
+
+@pytest.mark.parametrize("checkpointing", [None, RESTORING])
+def test_late_backward_in_the_next_block_without_recompute_or_with_context(model, checkpointing):
+    def grads(late):
+        model.zero_grad()
+        blocks, losses = (adapters(IDS), adapters(IDS.flip(0))), []
+        for seed, block in enumerate(blocks):
+            with block:
+                losses.append(model(input_ids=tokens(seed=seed)).logits.square().sum())
+                if late and seed:
+                    sum(losses).backward()
+                elif not late:
+                    losses[seed].backward()
+        return lora_grads(model)
+
+    if checkpointing:
+        model.gradient_checkpointing_enable(checkpointing)
+        model.enable_input_require_grads()
+    torch.manual_seed(0)
+    own = grads(late=False)
+    torch.manual_seed(0)
+    for key, grad in grads(late=True).items():
+        torch.testing.assert_close(grad, own[key], rtol=1e-5, atol=1e-5)
+
+
 def test_same_block_object_may_be_entered_again_for_backward(model):
     want, x = step(model), tokens()
     model.gradient_checkpointing_enable(REENTRANT)

@@ -109,6 +109,24 @@ def test_compiled_blocks_recomputed_without_ids_raise(model, checkpointing):
         loss.backward()
 
 
+@pytest.mark.parametrize("checkpointing", [{"use_reentrant": True}, {"use_reentrant": False}])
+def test_compiled_blocks_recomputed_in_another_block_raise(model, checkpointing):
+    for layer in model.base_model.model.model.layers:
+        layer.self_attn = torch.compile(layer.self_attn, backend="aot_eager")
+    x = tokens(4)
+    model.gradient_checkpointing_enable(checkpointing)
+    model.enable_input_require_grads()
+    losses = []
+    for ids in ([0, 1, 2, -1], [2, 0, 1, 1]):
+        with adapters(ids):
+            losses.append(model(input_ids=x, labels=x).loss)
+            if ids[0] == 2:
+                losses[1].backward()
+    with pytest.raises(RuntimeError, match="this loss did not run forward"), adapters([2, 0, 1, 1]):
+        model(input_ids=x, labels=x)
+        losses[0].backward()
+
+
 def test_task_loss_in_the_graph(model):
     loss_fn = TaskLoss(3)
     model.loss_function = loss_fn
