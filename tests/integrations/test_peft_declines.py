@@ -103,8 +103,13 @@ def test_injected_adapters_without_peft_model(how):
     for i, rank in enumerate((4, 2)):
         if how == "inject":
             inject_adapter_in_model(lora(rank), model, adapter_name=f"ad{i}")
-        else:
+            continue
+        try:
             model.add_adapter(lora(rank), adapter_name=f"ad{i}")
+        except ValueError as refusal:  # transformers' own floor may be above the newest peft
+            if "version of PEFT you are using is not compatible" not in str(refusal):
+                raise
+            pytest.skip(f"transformers refuses this peft: {refusal}")
     stock = copy.deepcopy(model).eval()
     assert len(enable(model, train=["ad0", "ad1"], verbose=False).swapped) == 6
     x = tokens(2)
