@@ -43,6 +43,36 @@ def register(stem, schema, *, kernel, fake, autograd=None, autocast=()):
     return op
 
 
+def pack(args):
+    """Flat arguments for an autograd.Function, which wants tensors, not lists; and the lengths to rebuild the lists."""
+    flat, spec = [], []
+    for a in args:
+        is_list = isinstance(a, (list, tuple)) and len(a) > 0 and isinstance(a[0], torch.Tensor)
+        spec.append(len(a) if is_list else None)
+        flat.extend(a) if is_list else flat.append(a)
+    return flat, tuple(spec)
+
+
+def unpack(spec, flat):
+    args, begin = [], 0
+    for n in spec:
+        args.append(flat[begin] if n is None else list(flat[begin : begin + n]))
+        begin += n or 1
+    return args
+
+
+def save(ctx, *args):
+    """Keep the op arguments `args` (tensors, lists of tensors, anything else) for `load` in backward."""
+    flat, ctx.saved_spec = pack(args)
+    ctx.save_for_backward(*(a for a in flat if isinstance(a, torch.Tensor)))
+    ctx.saved_rest = [None if isinstance(a, torch.Tensor) else (a,) for a in flat]
+
+
+def load(ctx):
+    tensors = iter(ctx.saved_tensors)
+    return unpack(ctx.saved_spec, [next(tensors) if a is None else a[0] for a in ctx.saved_rest])
+
+
 def _register_autocast(name, op, which):
     positions = {i for i, arg in enumerate(op._schema.arguments) if arg.name in which}
 

@@ -3,19 +3,22 @@
 import torch
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LAYOUTS = ("separate", "packed", "stacked", "experts")
 
 
 class LoraBank:
     """Adapters of one linear layer, ranks as they are: nothing is padded, stacked or copied.
 
-    A: list of [R_i, D]; B: list of [O, R_i]; bias: list of [O] or None, or None. scale [n] float32 multiplies B A x
-    and the bias (PEFT's convention). threshold [n] int32 is round(65536 * dropout): an input element is kept when its
-    16 random bits reach it. seeds [n] int64 key the dropout of each adapter. Build it with `from_factors`.
+    params_A, params_B: the caller's tensors, which receive the gradients; A and B view them as one [R_i, D] and one
+    [O, R_i] per adapter. bias: list of [O] (empty: none), or []. scale [n] float32 (float64 beside float64 factors)
+    multiplies B A x and the bias (PEFT's convention) and may require grad. threshold [n] int32 is
+    round(65536 * dropout): an input element is kept when its 16 random bits reach it. seeds [n] int64 key the dropout
+    of each adapter. Build it with `from_factors`, `from_packed`, `from_stacked` or `from_experts`.
     """
 
-    def __init__(self, A, B, bias, scale, threshold, seeds):
-        self.A, self.B, self.bias = A, B, bias
-        self.scale, self.threshold, self.seeds = scale, threshold, seeds
+    def __init__(self, params_A, params_B, ranks, layout, bias, scale, threshold, seeds):
+        self.params_A, self.params_B, self.ranks, self.layout = params_A, params_B, ranks, layout
+        self.bias, self.scale, self.threshold, self.seeds = bias, scale, threshold, seeds
 
     @classmethod
     def from_factors(cls, A, B, scale, *, dropout=0.0, seeds=None, bias=None):
@@ -26,10 +29,60 @@ class LoraBank:
         bias: None, or a list of [O] tensors and Nones. Raises ValueError naming the adapter that does not fit.
         """
         A, B = list(A), list(B)
+        if not A or len(A) != len(B):
+            raise ValueError(f"LoraBank: got {len(A)} A and {len(B)} B factors; give one pair per adapter, at least one")
+        _check_tensors(A=A, B=B)
+        for i, (a, b) in enumerate(zip(A, B)):
+            if a.dim() == b.dim() == 2 and a.shape[0] != b.shape[1]:
+                raise ValueError(f"LoraBank: adapter {i} has rank {a.shape[0]} in A {tuple(a.shape)} but {b.shape[1]} in B {tuple(b.shape)}")
+        return cls._build(A, B, [a.shape[0] for a in A], "separate", scale, dropout, seeds, bias)
+
+    @classmethod
+    def from_packed(cls, A, B, ranks, scale, *, dropout=0.0, seeds=None, bias=None):
+        """Rank-packed storage: A [sum of ranks, D] and B [sum of ranks, O], the rows of adapter i after those of i - 1.
+
+        B holds B_i^T. Other arguments as in from_factors. Gradients have the packed shapes.
+        """
+        _check_tensors(A=[A], B=[B])
+        ranks = [int(r) for r in ranks]
+        if not ranks or min(ranks) < 0 or A.dim() != 2 or B.dim() != 2 or A.shape[0] != sum(ranks) or B.shape[0] != sum(ranks):
+            raise ValueError(f"LoraBank: packed A {tuple(A.shape)} and B {tuple(B.shape)} for ranks {ranks}; give [{sum(ranks)}, D] and [{sum(ranks)}, O]")
+        return cls._build([A], [B], ranks, "packed", scale, dropout, seeds, bias)
+
+    @classmethod
+    def from_stacked(cls, A, B, scale, *, ranks=None, dropout=0.0, seeds=None, bias=None):
+        """One tensor over slots, as Megatron-Bridge keeps them: A [n, R, D], B [n, O, R].
+
+        ranks: how much of R each slot uses, None for all; the rest is never read and its gradient is exact zeros.
+        Other arguments as in from_factors.
+        """
+        _check_tensors(A=[A], B=[B])
+        if A.dim() != 3 or B.dim() != 3 or A.shape[0] != B.shape[0] or A.shape[1] != B.shape[2] or not A.shape[0]:
+            raise ValueError(f"LoraBank: stacked A {tuple(A.shape)} and B {tuple(B.shape)}; give [n, R, D] and [n, O, R]")
+        n, R = A.shape[:2]
+        ranks = [R] * n if ranks is None else [int(r) for r in ranks]
+        if len(ranks) != n or not all(0 <= r <= R for r in ranks):
+            raise ValueError(f"LoraBank: ranks {ranks} for {n} slots of {R}; give one in [0, {R}] per slot")
+        return cls._build([A], [B], ranks, "stacked", scale, dropout, seeds, bias)
+
+    @classmethod
+    def from_experts(cls, A, B, n_experts, scale, *, dropout=0.0, seeds=None, bias=None):
+        """PEFT's LoRA on expert parameters: A [n_experts * R, D] with the expert slowest, B [O, R * n_experts] with it fastest.
+
+        Other arguments as in from_factors.
+        """
+        _check_tensors(A=[A], B=[B])
+        if A.dim() != 2 or B.dim() != 2 or n_experts < 1 or A.shape[0] % n_experts or B.shape[1] != A.shape[0]:
+            raise ValueError(f"LoraBank: expert A {tuple(A.shape)} and B {tuple(B.shape)} for {n_experts} experts; give [{n_experts} R, D] and [O, R {n_experts}]")
+        return cls._build([A], [B], [A.shape[0] // n_experts] * n_experts, "experts", scale, dropout, seeds, bias)
+
+    @classmethod
+    def _build(cls, params_A, params_B, ranks, layout, scale, dropout, seeds, bias):
+        A, B = views_A(params_A, layout, ranks), views_B(params_B, layout, ranks)
         _check_factors(A, B)
         n, device = len(A), A[0].device
-        scale = _per_adapter("scale", scale, n, device)
-        dropout = _per_adapter("dropout", dropout, n, "cpu")
+        scale = _per_adapter("scale", scale, n, device, torch.promote_types(torch.float32, A[0].dtype))
+        dropout = _per_adapter("dropout", dropout, n, "cpu", torch.float32)
         if not bool(((dropout >= 0) & (dropout <= 1)).all()):
             raise ValueError(f"LoraBank: dropout is {dropout.tolist()}; probabilities are in [0, 1]")
         if seeds is None:
@@ -38,42 +91,79 @@ class LoraBank:
         if seeds.shape != (n,):
             raise ValueError(f"LoraBank: {tuple(seeds.shape)} seeds for {n} adapters")
         threshold = (dropout.double() * 65536).round().int().to(device)
-        return cls(A, B, _check_bias(bias, A, B), scale, threshold, seeds)
+        return cls(params_A, params_B, ranks, layout, _check_bias(bias, A, B), scale, threshold, seeds)
 
     def __len__(self):
-        return len(self.A)
+        return len(self.ranks)
+
+    @property
+    def A(self):
+        return views_A(self.params_A, self.layout, self.ranks)
+
+    @property
+    def B(self):
+        return views_B(self.params_B, self.layout, self.ranks)
 
     @property
     def in_features(self):
-        return self.A[0].shape[1]
+        return self.params_A[0].shape[-1]
 
     @property
     def out_features(self):
-        return self.B[0].shape[0]
+        return self.params_B[0].shape[{"packed": 1, "stacked": 1}.get(self.layout, 0)]
 
     @property
-    def ranks(self):
-        return [a.shape[0] for a in self.A]
+    def dtype(self):
+        return self.params_A[0].dtype
+
+    @property
+    def device(self):
+        return self.params_A[0].device
 
     def tensors(self):
-        return (*self.A, *self.B, *self.bias, self.scale, self.threshold, self.seeds)
+        return (*self.params_A, *self.params_B, *self.bias, self.scale, self.threshold, self.seeds)
 
     def __repr__(self):
         return f"LoraBank({len(self)} adapters, {self.in_features} -> {self.out_features}, ranks {self.ranks})"
 
 
-def _check_factors(A, B):
-    if not A or len(A) != len(B):
-        raise ValueError(f"LoraBank: got {len(A)} A and {len(B)} B factors; give one pair per adapter, at least one")
-    for i, (a, b) in enumerate(zip(A, B)):
-        for name, t in (("A", a), ("B", b)):
+def views_A(params, layout, ranks):
+    """One [R_i, D] per adapter, with unit stride along D."""
+    if layout == "packed":
+        return list(params[0].split(ranks))
+    if layout == "stacked":
+        return [a[:r] for a, r in zip(params[0].unbind(), ranks)]
+    if layout == "experts":
+        return list(params[0].split(ranks))
+    return list(params)
+
+
+def views_B(params, layout, ranks):
+    """One [O, R_i] per adapter, with any strides."""
+    if layout == "packed":
+        return [b.T for b in params[0].split(ranks)]
+    if layout == "stacked":
+        return [b[:, :r] for b, r in zip(params[0].unbind(), ranks)]
+    if layout == "experts":
+        return list(params[0].view(params[0].shape[0], ranks[0], len(ranks)).unbind(2))
+    return list(params)
+
+
+def _check_tensors(**lists):
+    for name, tensors in lists.items():
+        for i, t in enumerate(tensors):
             if type(t).__name__ == "DTensor":
                 raise TypeError(f"LoraBank: {name}[{i}] is a DTensor; shard by decoder layer so that factors are plain tensors in forward")
-            if not isinstance(t, torch.Tensor) or t.dim() != 2 or t.dtype not in KERNEL_DTYPES:
+            if not isinstance(t, torch.Tensor) or t.dtype not in KERNEL_DTYPES:
                 got = f"{t.dtype} {tuple(t.shape)}" if isinstance(t, torch.Tensor) else type(t).__name__
                 raise ValueError(f"LoraBank: {name}[{i}] is {got}; give a 2-d floating-point tensor")
-        if a.shape[0] != b.shape[1]:
-            raise ValueError(f"LoraBank: adapter {i} has rank {a.shape[0]} in A {tuple(a.shape)} but {b.shape[1]} in B {tuple(b.shape)}")
+
+
+def _check_factors(A, B):
+    for i, (a, b) in enumerate(zip(A, B)):
+        for name, t in (("A", a), ("B", b)):
+            if t.dim() != 2:
+                raise ValueError(f"LoraBank: {name}[{i}] is {t.dtype} {tuple(t.shape)}; give a 2-d floating-point tensor")
         if a.shape[1] != A[0].shape[1] or b.shape[0] != B[0].shape[0]:
             raise ValueError(
                 f"LoraBank: adapter {i} maps {a.shape[1]} -> {b.shape[0]} features, adapter 0 maps {A[0].shape[1]} -> {B[0].shape[0]}; one bank serves one layer"
@@ -95,8 +185,8 @@ def _check_bias(bias, A, B):
     return [A[0].new_empty(0) if t is None else t for t in bias]
 
 
-def _per_adapter(name, value, n, device):
-    value = torch.as_tensor(value, dtype=torch.float32, device=device)
+def _per_adapter(name, value, n, device, dtype):
+    value = torch.as_tensor(value, dtype=dtype, device=device)
     if value.dim() == 0:
         return value.expand(n).contiguous()
     if value.shape != (n,):

@@ -55,13 +55,13 @@ def as_step(step, device):
     return torch.full((), step, dtype=torch.int64, device=device)
 
 
-def check_plan(op, plan, n_groups, n_rows, device, groups="groups"):
-    """Raise unless `plan` has n_groups groups over n_rows rows (one id a row) on `device`."""
+def check_plan(op, plan, n_groups, n_rows, device, groups="groups", slots=False):
+    """Raise unless `plan` has n_groups groups over n_rows rows on `device`, with one id a row, or any number if `slots`."""
     if not isinstance(plan, GroupPlan):
         raise TypeError(f"{op}: plan is a {type(plan).__name__}; build one with group_plan(ids, n_groups)")
     if plan.n_groups != n_groups:
         raise ValueError(f"{op}: the plan has {plan.n_groups} groups, but there are {n_groups} {groups}")
-    if len(plan.shape) != 1:
+    if len(plan.shape) != 1 and not slots:
         raise ValueError(f"{op}: the plan's ids are {tuple(plan.shape)}; one id per row [T] is supported here")
     if plan.n_rows != n_rows:
         raise ValueError(f"{op}: the plan covers {plan.n_rows} rows, but the input has {n_rows}")

@@ -1,207 +1,264 @@
-"""lora_linear, lora_delta: batched heterogeneous LoRA.
+"""lora_linear, lora_linear_group, lora_delta: batched heterogeneous LoRA.
 
-Formula    row t of adapter i:  y = x W^T + b + s_i ((M o x) A_i^T B_i^T + beta_i);  rows without adapter: y = x W^T + b
+Formula    row t, its adapters i with gates c:  y = x W^T + b + sum_i c_i s_i ((M o x) A_i^T B_i^T + beta_i)
            M keeps an element with probability 1 - p_i and divides it by that, replayed from Philox (reference/philox.py)
-Shapes     x [..., D] with T rows, weight [O, D], bias [O], A_i [R_i, D], B_i [O, R_i], beta_i [O]; any R_i >= 0
-Gradients  x, weight, bias and every A_i, B_i, beta_i (zeros for adapters without rows)
+Shapes     x [..., D] with T rows, weight [O, D], bias [O], A_i [R_i, D], B_i [O, R_i], beta_i [O]; any R_i >= 0;
+           ids of the plan [T], or [T, K] for K adapters a row; gates as the ids
+Gradients  x, weight, bias, gates, the bank's scale and every A_i, B_i, beta_i (zeros for adapters without rows)
 Backends   reference, cpu, triton. No CUDA C++: the GEMMs want wgmma and TMA, which come through Triton
-Cost       saved: x, S [T, max R]; never a mask, a dropped copy of x, or W + BA
+Cost       saved: x, S [T, max R] per target; never a mask, a dropped copy of x, or W + BA
 
     y = lora_linear(x, weight, bias, bank, plan)
+    q, k, v = lora_linear_group(x, weights, biases, banks, plan)
 """
 
 import torch
 import torch.nn.functional as F
 
 from .. import _backends, _native
-from .._op import below_autograd, register
-from ..bank import LoraBank
-from ..plan import check_plan
+from .._op import below_autograd, load, pack, register, save, unpack
+from ..bank import views_A, views_B
+from . import _lora
 
-_GROUPS = "Tensor[] A, Tensor[] B, Tensor[] lora_bias, Tensor scale, Tensor threshold, Tensor seeds, Tensor offsets, Tensor perm, Tensor tiles, Tensor step"
-_OPTIONS = "int site, bool dropout, str backend"
+_ARGS = f"{_lora.BANK}, Tensor? gates, {_lora.PLAN}, int[] sites, bool dropout"
 
 
 def _launchers(x, A, backend):
-    dtype = torch.promote_types(x.dtype, A[0].dtype)
-    return _backends.launchers("lora", x if dtype == x.dtype else A[0], backend)
+    return _lora.launchers("lora", x, A[0], backend)
 
 
-def _base(x, weight, bias, native):
-    if native and x.dtype in (torch.bfloat16, torch.float16) and not _native.fast_16bit(x.dtype):
-        return _native.ops().lora_base_linear(x, weight, bias)
-    return F.linear(x, weight, bias)
+def _own_base(run, x, batch_invariant):
+    """Whether the shared base takes our kernel: when its bits must not depend on T, or torch has no fast 16-bit matmul."""
+    native = _native.available() and run is _native.ops()
+    return native and (batch_invariant or x.dtype in (torch.bfloat16, torch.float16) and not _native.fast_16bit(x.dtype))
 
 
-def _base_dx(dy, weight, native):
-    if native and dy.dtype in (torch.bfloat16, torch.float16) and not _native.fast_16bit(dy.dtype):
-        return _native.ops().lora_base_dx(dy, weight)
-    return dy @ weight
+def _linear_kernel(x, weight, bias, A, B, lora_bias, scale, threshold, seeds, ranks, layouts, gates, *rest):
+    ids, *groups, sites, dropout, batch_invariant, backend = rest
+    run, bias = _launchers(x, A, backend), [b if b.numel() else None for b in bias] or [None] * len(weight)
+    linear = _native.ops().lora_base_linear if _own_base(run, x, batch_invariant) else F.linear
+    ys = [linear(x, w, b) for w, b in zip(weight, bias)]
+    views = _lora.factors_A(A, ranks, layouts), _lora.factors_B(B, ranks, layouts)
+    return ys, run.lora_fwd(x, *views, lora_bias, scale, threshold, seeds, gates, *groups, sites, dropout, ys)
 
 
-def _is_native(run):
-    return _native.available() and run is _native.ops()
+def _delta_kernel(x, out, A, B, lora_bias, scale, threshold, seeds, ranks, layouts, gates, *rest):
+    ids, *groups, sites, dropout, backend = rest
+    views = _lora.factors_A(A, ranks, layouts), _lora.factors_B(B, ranks, layouts)
+    y = x.new_zeros(len(x), views[1][0].shape[0]) if out is None else out.clone(memory_format=torch.contiguous_format)
+    return y, _launchers(x, A, backend).lora_fwd(x, *views, lora_bias, scale, threshold, seeds, gates, *groups, sites, dropout, [y])
 
 
-def _linear_kernel(x, weight, bias, A, B, lora_bias, *rest):
-    *groups, site, dropout, backend = rest
-    run = _launchers(x, A, backend)
-    y = _base(x, weight, bias, _is_native(run))
-    return y, run.lora_fwd(x, A, B, lora_bias, *groups, site, dropout, y)
+def _bwd_kernel(dys, x, weight, s, A, B, lora_bias, scale, threshold, seeds, ranks, layouts, gates, *rest):
+    ids, *groups, sites, dropout, need_dx, need, need_gates, need_scale, batch_invariant, backend = rest
+    run, nA, nB = _launchers(x, A, backend), len(A), len(B)
+    grads_A, dA = _lora.new_grads(A, views_A, need[:nA], ranks, layouts)
+    grads_B, dB = _lora.new_grads(B, views_B, need[nA : nA + nB], ranks, layouts)
+    dbias = [torch.empty_like(b) if wanted else b.new_empty(0) for b, wanted in zip(lora_bias, need[nA + nB :])]
+    dx = _base_dx(run, dys, weight, x, batch_invariant) if need_dx else None
+    e = _lora.new_e(dys[0], scale, groups[1], need_gates or need_scale)
+    views = _lora.factors_A(A, ranks, layouts), _lora.factors_B(B, ranks, layouts)
+    run.lora_bwd(dys, x, s, *views, lora_bias, scale, threshold, seeds, gates, *groups, sites, dropout, dx, e, dA, dB, dbias)
+    small = _lora.gate_and_scale_grads(e, scale, gates, ids, *groups[:3], need_gates, need_scale, backend)
+    return x.new_empty(0) if dx is None else dx, *small, [*grads_A, *grads_B, *dbias]
 
 
-def _delta_kernel(x, out, A, B, lora_bias, *rest):
-    *groups, site, dropout, backend = rest
-    y = x.new_zeros(len(x), B[0].shape[0]) if out is None else out.clone(memory_format=torch.contiguous_format)
-    return y, _launchers(x, A, backend).lora_fwd(x, A, B, lora_bias, *groups, site, dropout, y)
+def _base_dx(run, dys, weight, x, batch_invariant):
+    if not weight:
+        return x.new_zeros(x.shape)
+    if _own_base(run, x, batch_invariant):
+        dx = _native.ops().lora_base_dx(dys[0], weight[0])
+        for dy, w in zip(dys[1:], weight[1:]):
+            dx += _native.ops().lora_base_dx(dy, w)
+        return dx
+    dx = dys[0] @ weight[0]
+    for dy, w in zip(dys[1:], weight[1:]):
+        dx.addmm_(dy, w)
+    return dx
 
 
-def _bwd_kernel(dy, x, weight, s, A, B, lora_bias, *rest):
-    *groups, site, dropout, need_dx, need_factors, backend = rest
-    run = _launchers(dy, A, backend)
-    dx = None
-    if need_dx:
-        dx = dy.new_zeros(len(dy), A[0].shape[1]) if weight is None else _base_dx(dy, weight, _is_native(run))
-    grads = run.lora_bwd(dy, x, s, A, B, lora_bias, *groups, site, dropout, dx, need_factors)
-    return dy.new_empty(0) if dx is None else dx, grads
+def _s_fake(x, A, ranks, perm, n_targets):
+    return x.new_empty(perm.shape[0], _lora.s_width(ranks, n_targets), dtype=_lora.s_dtype(x, A))
 
 
-def _s_fake(x, A):
-    return x.new_empty(x.shape[0], max(a.shape[0] for a in A), dtype=torch.promote_types(x.dtype, A[0].dtype))
+def _linear_fake(x, weight, bias, A, B, lora_bias, scale, threshold, seeds, ranks, layouts, gates, ids, offsets, perm, *_):
+    return [x.new_empty(x.shape[0], w.shape[0]) for w in weight], _s_fake(x, A, ranks, perm, len(weight))
 
 
-def _linear_fake(x, weight, bias, A, *_):
-    return x.new_empty(x.shape[0], weight.shape[0]), _s_fake(x, A)
+def _delta_fake(x, out, A, B, lora_bias, scale, threshold, seeds, ranks, layouts, gates, ids, offsets, perm, *_):
+    return x.new_empty(x.shape[0], _lora.factors_B(B, ranks, layouts)[0].shape[0]), _s_fake(x, A, ranks, perm, 1)
 
 
-def _delta_fake(x, out, A, B, *_):
-    return x.new_empty(x.shape[0], B[0].shape[0]), _s_fake(x, A)
+def _bwd_fake(dys, x, weight, s, A, B, lora_bias, scale, threshold, seeds, ranks, layouts, gates, ids, *rest):
+    need_dx, need, need_gates, need_scale, _, _ = rest[-6:]
+    dscale = [t.new_empty(t.shape if need_scale else 0) for t in scale]
+    grads = [t.new_empty(t.shape if wanted else 0) for t, wanted in zip((*A, *B, *lora_bias), need)]
+    return x.new_empty(x.shape if need_dx else 0), scale[0].new_empty(ids.shape if need_gates else 0), dscale, grads
 
 
-def _bwd_fake(dy, x, weight, s, A, B, lora_bias, *rest):
-    need_dx, need_factors = rest[-3:-1]
-    dx = dy.new_empty(dy.shape[0], A[0].shape[1]) if need_dx else dy.new_empty(0)
-    return dx, [torch.empty_like(t) for t in (*A, *B, *lora_bias)] if need_factors else []
+class _Lora(torch.autograd.Function):
+    """The LoRA part shared by both ops. Their arguments: x, a head (weight and bias, or out), the LoRA arguments from A on."""
+
+    @staticmethod
+    def save(ctx, spec, x, weight, s, needs, rest):
+        """needs: which of `rest`, the arguments from A on, want a gradient; x is kept for dA, and for dW by its own need."""
+        *rest, batch_invariant, backend = rest
+        ctx.spec, ctx.options, ctx.width = spec, (batch_invariant, backend), x.shape[1]
+        keeps_x = any(needs[0]) or any(weight and unpack(spec, ctx.needs_input_grad[1:])[1])
+        save(ctx, x if keeps_x else None, weight, s, *rest)
+        ctx.mark_non_differentiable(s)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def grads(ctx, dys, need_x, needs):
+        """(dx, gradients from A on up to the gates), flat."""
+        x, weight, s, *rest = load(ctx)
+        need_A, need_B, need_bias, need_scale, _, _, _, _, need_gates, *_ = needs
+        need = [*need_A, *need_B, *(need_bias or [])]
+        if x is None:  # only its shape is read
+            x = dys[0].new_empty(1, ctx.width).expand(dys[0].shape[0], -1)
+        small = need_gates, any(need_scale)
+        dx, dgates, dscale, grads = _bwd_op(dys, x, weight, s, *rest, need_x, need, *small, *ctx.options)
+        grads = [g if wanted else None for g, wanted in zip(grads, need)]
+        n = len(need_A) + len(need_B)
+        bias = grads[n:] if need_bias else [None]
+        dscale = [g if wanted else None for g, wanted in zip(dscale, need_scale)]
+        constants = [None] * (2 * len(need_scale) + 2)  # threshold, seeds, ranks, layouts
+        return dx if need_x else None, [*grads[:n], *bias, *dscale, *constants, dgates if need_gates else None]
+
+    @staticmethod
+    def pad(ctx, *found):
+        return *found, *(None,) * (len(ctx.needs_input_grad) - len(found))
+
+
+class _LoraLinear(_Lora):
+    @staticmethod
+    def forward(ctx, spec, *flat):
+        args = unpack(spec, flat)
+        with below_autograd():
+            ys, s = _linear_op(*args)
+        needs = unpack(spec, ctx.needs_input_grad[1:])
+        _Lora.save(ctx, spec, args[0], args[1], s, needs[3:], args[3:])
+        return *ys, s
+
+    @staticmethod
+    def backward(ctx, *dys):
+        if all(dy is None for dy in dys):
+            return (None,) * len(ctx.needs_input_grad)
+        need_x, need_w, need_b, *needs = unpack(ctx.spec, ctx.needs_input_grad[1:])
+        x, weight, *_ = load(ctx)
+        lead = next(dy for dy in dys if dy is not None)
+        dys = [lead.new_zeros(len(lead), w.shape[0]) if dy is None else dy.contiguous() for dy, w in zip(dys, weight)]
+        dx, grads = _Lora.grads(ctx, dys, need_x, needs)
+        dw = [dy.T @ x if wanted else None for dy, wanted in zip(dys, need_w)]
+        db = [dy.sum(0) if wanted else None for dy, wanted in zip(dys, need_b)] if need_b else [None]
+        return _Lora.pad(ctx, None, dx, *dw, *db, *grads)
+
+
+class _LoraDelta(_Lora):
+    @staticmethod
+    def forward(ctx, spec, *flat):
+        args = unpack(spec, flat)
+        with below_autograd():
+            y, s = _delta_op(*args)
+        needs = unpack(spec, ctx.needs_input_grad[1:])
+        _Lora.save(ctx, spec, args[0], [], s, needs[2:], [*args[2:-1], False, args[-1]])
+        return y, s
+
+    @staticmethod
+    def backward(ctx, dy, _):
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
+        need_x, need_out, *needs = unpack(ctx.spec, ctx.needs_input_grad[1:])
+        dx, grads = _Lora.grads(ctx, [dy.contiguous()], need_x, needs)
+        return _Lora.pad(ctx, None, dx, dy if need_out else None, *grads)
+
+
+def _linear_autograd(*args):
+    flat, spec = pack(args)
+    *ys, s = _LoraLinear.apply(spec, *flat)
+    return ys, s
+
+
+def _delta_autograd(*args):
+    flat, spec = pack(args)
+    return _LoraDelta.apply(spec, *flat)
 
 
 _LISTS = ("x", "A", "B", "lora_bias")
 _linear_op = register(
     "lora",
-    f"lora_linear(Tensor x, Tensor weight, Tensor? bias, {_GROUPS}, {_OPTIONS}) -> (Tensor y, Tensor s)",
+    f"lora_linear(Tensor x, Tensor[] weight, Tensor[] bias, {_ARGS}, bool batch_invariant, str backend) -> (Tensor[] y, Tensor s)",
     kernel=_linear_kernel,
     fake=_linear_fake,
-    autograd=lambda *args: _apply(_LoraLinear, args),
+    autograd=_linear_autograd,
     autocast=(*_LISTS, "weight", "bias"),
 )
 _delta_op = register(
     "lora",
-    f"lora_delta(Tensor x, Tensor? out, {_GROUPS}, {_OPTIONS}) -> (Tensor y, Tensor s)",
+    f"lora_delta(Tensor x, Tensor? out, {_ARGS}, str backend) -> (Tensor y, Tensor s)",
     kernel=_delta_kernel,
     fake=_delta_fake,
-    autograd=lambda *args: _apply(_LoraDelta, args),
+    autograd=_delta_autograd,
     autocast=(*_LISTS, "out"),
 )
 _bwd_op = register(
     "lora",
-    f"lora_bwd(Tensor dy, Tensor x, Tensor? weight, Tensor s, {_GROUPS}, int site, bool dropout, bool need_dx, bool need_factors, str backend) -> (Tensor dx, Tensor[] grads)",
+    f"lora_bwd(Tensor[] dys, Tensor x, Tensor[] weight, Tensor s, {_ARGS}, bool need_dx, bool[] need, bool need_gates, bool need_scale,"
+    " bool batch_invariant, str backend) -> (Tensor dx, Tensor dgates, Tensor[] dscale, Tensor[] grads)",
     kernel=_bwd_kernel,
     fake=_bwd_fake,
 )
 
 
-def _apply(function, args):
-    """autograd.Function wants tensors, not lists: pass the factors flat, their counts in front."""
-    first, second, *head = args[: function.n_base]
-    A, B, lora_bias, *rest = args[function.n_base :]
-    return function.apply((len(A), len(lora_bias)), rest, first, second, *head, *A, *B, *lora_bias)
-
-
-def _split(counts, factors):
-    n, n_bias = counts
-    return list(factors[:n]), list(factors[n : 2 * n]), list(factors[2 * n : 2 * n + n_bias])
-
-
-class _Lora(torch.autograd.Function):
-    """The LoRA part shared by both ops: what is saved and how the backward op is called."""
-
-    @staticmethod
-    def save(ctx, counts, rest, x, s, factors, weight, keep_x):
-        *groups, ctx.site, ctx.dropout, ctx.backend = rest
-        ctx.counts, ctx.has_weight, ctx.has_x = counts, weight is not None, keep_x
-        ctx.save_for_backward(s, *groups, *factors, *([weight] if ctx.has_weight else []), *([x] if keep_x else []))
-        ctx.mark_non_differentiable(s)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def grads(ctx, dy, need_dx, need_factors):
-        s, *saved = ctx.saved_tensors
-        x = saved.pop() if ctx.has_x else None
-        weight = saved.pop() if ctx.has_weight else None
-        groups, factors = saved[:7], saved[7:]
-        dy = dy.contiguous()
-        if x is None:  # only the factors' gradients read it
-            x = dy.new_empty(1, factors[0].shape[1]).expand(dy.shape[0], -1)
-        dx, grads = _bwd_op(dy, x, weight, s, *_split(ctx.counts, factors), *groups, ctx.site, ctx.dropout, need_dx, need_factors, ctx.backend)
-        return dy, x, dx if need_dx else None, grads if need_factors else [None] * len(factors)
-
-
-class _LoraLinear(_Lora):
-    n_base = 3
-
-    @staticmethod
-    def forward(ctx, counts, rest, x, weight, bias, *factors):
-        with below_autograd():
-            y, s = _linear_op(x, weight, bias, *_split(counts, factors), *rest)
-        _Lora.save(ctx, counts, rest, x, s, factors, weight, any(ctx.needs_input_grad[i] for i in (3, *range(5, 5 + len(factors)))))
-        return y, s
-
-    @staticmethod
-    def backward(ctx, dy, _):
-        if dy is None:
-            return (None,) * len(ctx.needs_input_grad)
-        _, _, need_x, need_w, need_b, *need_factors = ctx.needs_input_grad
-        dy, x, dx, grads = _Lora.grads(ctx, dy, need_x, any(need_factors))
-        return None, None, dx, dy.T @ x if need_w else None, dy.sum(0) if need_b else None, *grads
-
-
-class _LoraDelta(_Lora):
-    n_base = 2
-
-    @staticmethod
-    def forward(ctx, counts, rest, x, out, *factors):
-        with below_autograd():
-            y, s = _delta_op(x, out, *_split(counts, factors), *rest)
-        _Lora.save(ctx, counts, rest, x, s, factors, None, any(ctx.needs_input_grad[4:]))
-        return y, s
-
-    @staticmethod
-    def backward(ctx, dy, _):
-        if dy is None:
-            return (None,) * len(ctx.needs_input_grad)
-        _, _, need_x, need_out, *need_factors = ctx.needs_input_grad
-        dy, _, dx, grads = _Lora.grads(ctx, dy, need_x, any(need_factors))
-        return None, None, dx, dy if need_out else None, *grads
-
-
 def lora_linear(x, weight, bias, bank, plan, *, training=True, site=0, gates=None, batch_invariant=False, backend=None):
-    """y [..., O] = x W^T + bias, plus each row's own adapter.
+    """y [..., O] = x W^T + bias, plus each row's own adapters.
 
     x: [..., D] with T rows in all, float32/bfloat16/float16 (float64 on the reference). weight [O, D], bias [O] or None:
         dtype of x. bank: LoraBank over D -> O; its dtype may differ from x (fp32 adapters over bf16 activations: the
-        LoRA part is computed in the wider type). plan: GroupPlan of T ids over len(bank) adapters, -1 = base only.
+        LoRA part is computed in the wider type). plan: GroupPlan of ids [T], or [T, K] for several adapters a row, over
+        len(bank) adapters; -1 = base only.
     training: apply the bank's dropout. site: distinguishes the layers that share a plan, so that their masks differ.
+    gates: float of the plan's shape, multiplies each adapter's part of each row; differentiable; None = 1.
+    batch_invariant: take our fixed-order kernel for the base too, so that a row's bits do not depend on the others.
     Raises TypeError/ValueError naming what does not fit.
     """
-    _check_later(gates=gates, batch_invariant=batch_invariant)
-    rows = _rows("lora_linear", x, bank, plan)
-    if weight.shape != (bank.out_features, bank.in_features):
-        raise ValueError(f"lora_linear: weight is {tuple(weight.shape)}, the bank maps {bank.in_features} -> {bank.out_features}; weight is [O, D]")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"lora_linear: bias is {tuple(bias.shape)}; give {tuple(weight.shape[:1])} or None")
-    for name, t in (("weight", weight), ("bias", bias)):
-        _check_like("lora_linear", name, t, x)
-    y, _ = _linear_op(rows, weight, bias, *_bank_args(bank, plan), site, training, _backends.requested(backend))
-    return y.view(*x.shape[:-1], bank.out_features)
+    options = dict(training=training, sites=(site,), gates=gates, batch_invariant=batch_invariant, backend=backend)
+    return _linear("lora_linear", x, [weight], [bias], [bank], plan, **options)[0]
+
+
+def lora_linear_group(x, weights, biases, banks, plan, *, training=True, sites=None, gates=None, batch_invariant=False, backend=None):
+    """A tuple of y_g [..., O_g] as lora_linear would give them one by one, with one read of x: QKV, or gate and up.
+
+    weights, biases, banks: one per target, over the same adapters; widths O_g and ranks may differ, biases may be None.
+    sites: one per target, None = 0, 1, ...; equal sites and seeds share a dropout mask. Others as in lora_linear.
+    """
+    weights, banks = list(weights), list(banks)
+    biases = [None] * len(weights) if biases is None else list(biases)
+    sites = range(len(weights)) if sites is None else sites
+    if not weights or not len(weights) == len(biases) == len(banks) == len(sites):
+        got = f"{len(weights)} weights, {len(biases)} biases, {len(banks)} banks and {len(sites)} sites"
+        raise ValueError(f"lora_linear_group: got {got}; give one of each per target, at least one")
+    options = dict(training=training, sites=sites, gates=gates, batch_invariant=batch_invariant, backend=backend)
+    return _linear("lora_linear_group", x, weights, biases, banks, plan, **options)
+
+
+def _linear(op, x, weights, biases, banks, plan, *, training, sites, gates, batch_invariant, backend):
+    for g, (weight, bias, bank) in enumerate(zip(weights, biases, banks)):
+        rows = _lora.rows_of(op, x, bank, plan)
+        which = f"[{g}]" if len(banks) > 1 else ""
+        if weight.shape != (bank.out_features, bank.in_features):
+            raise ValueError(f"{op}: weight{which} is {tuple(weight.shape)}, the bank maps {bank.in_features} -> {bank.out_features}; weight is [O, D]")
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(f"{op}: bias{which} is {tuple(bias.shape)}; give {tuple(weight.shape[:1])} or None")
+        if bank.dtype != banks[0].dtype:
+            raise TypeError(f"{op}: bank{which} is {bank.dtype}, bank[0] is {banks[0].dtype}; use one dtype")
+        for name, t in ((f"weight{which}", weight), (f"bias{which}", bias)):
+            _lora.check_like(op, name, t, x)
+    bias = [x.new_empty(0) if b is None else b for b in biases] if any(b is not None for b in biases) else []
+    gates, groups = _lora.flat_gates(op, gates, plan, banks[0].scale), _lora.plan_args(plan)
+    ys, _ = _linear_op(rows, weights, bias, *_lora.bank_args(banks), gates, *groups, list(sites), training, batch_invariant, _backends.requested(backend))
+    return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
 
 def lora_delta(x, bank, plan, out=None, *, training=True, site=0, gates=None, backend=None):
@@ -209,51 +266,13 @@ def lora_delta(x, bank, plan, out=None, *, training=True, site=0, gates=None, ba
 
     x: [..., D] with T rows; out: [..., O] or None, never written; the rest as in lora_linear. Returns [..., O].
     """
-    _check_later(gates=gates)
-    rows = _rows("lora_delta", x, bank, plan)
+    rows = _lora.rows_of("lora_delta", x, bank, plan)
     shape = (*x.shape[:-1], bank.out_features)
     if out is not None:
         if out.shape != shape:
             raise ValueError(f"lora_delta: out is {tuple(out.shape)}; x and the bank give {shape}")
-        _check_like("lora_delta", "out", out, x)
+        _lora.check_like("lora_delta", "out", out, x)
         out = out.reshape(-1, bank.out_features)
-    y, _ = _delta_op(rows, out, *_bank_args(bank, plan), site, training, _backends.requested(backend))
+    gates, groups = _lora.flat_gates("lora_delta", gates, plan, bank.scale), _lora.plan_args(plan)
+    y, _ = _delta_op(rows, out, *_lora.bank_args([bank]), gates, *groups, [site], training, _backends.requested(backend))
     return y.view(shape)
-
-
-def _bank_args(bank, plan):
-    return bank.A, bank.B, bank.bias, bank.scale, bank.threshold, bank.seeds, plan.offsets, plan.perm, plan.tiles, plan.step
-
-
-def _rows(op, x, bank, plan):
-    if not isinstance(bank, LoraBank):
-        raise TypeError(f"{op}: bank is a {type(bank).__name__}; build one with LoraBank.from_factors(A, B, scale)")
-    if type(x).__name__ == "DTensor":
-        raise TypeError(f"{op}: x is a DTensor; pass local tensors (x.to_local()) or shard by decoder layer")
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-        got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
-        raise TypeError(f"{op}: x is {got}; give float32, bfloat16, float16 or float64 activations")
-    if x.dim() < 1 or x.shape[-1] != bank.in_features:
-        raise ValueError(f"{op}: x is {tuple(x.shape)}, the bank takes {bank.in_features} features; x is [..., {bank.in_features}]")
-    if bank.A[0].device != x.device:
-        raise ValueError(f"{op}: x is on {x.device}, the bank on {bank.A[0].device}; move them to one device")
-    rows = x.reshape(-1, x.shape[-1])
-    check_plan(op, plan, len(bank), rows.shape[0], x.device, "adapters in the bank")
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
-def _check_like(op, name, t, x):
-    if t is None:
-        return
-    if type(t).__name__ == "DTensor":
-        raise TypeError(f"{op}: {name} is a DTensor; shard by decoder layer so that it is a plain tensor in forward")
-    if t.device != x.device:
-        raise ValueError(f"{op}: {name} is on {t.device}, x on {x.device}; move them to one device")
-    if t.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(f"{op}: {name} is {t.dtype}, x is {x.dtype}; use one dtype or torch.autocast")
-
-
-def _check_later(**options):
-    for name, value in options.items():
-        if value is not None and value is not False:
-            raise NotImplementedError(f"{name}= is not supported yet; one ungated adapter per row, and torch's own GEMM for the base, are")

@@ -1,0 +1,97 @@
+"""lora_shrink: rows into the rank space of their own adapters.
+
+Formula    s[p] = (M o x[row of p]) A_i^T for position p of adapter i, zeros right of its rank and where no adapter is
+Shapes     x [..., D] with T rows, ids of the plan [T] or [T, K] -> s [T, R] or [T, K, R], R the largest rank
+Gradients  x and every A_i (zeros for adapters without rows)
+Backends   reference, cpu, triton. No CUDA C++: the GEMMs want wgmma and TMA, which come through Triton
+Cost       reads x once; saved: x
+
+    s = lora_shrink(x, bank, plan)
+    y = lora_expand(torch.relu(s), bank, plan, out=base)        # any map between the two is plain torch on [T, R]
+"""
+
+import torch
+
+from .. import _backends
+from .._op import below_autograd, load, pack, register, save, unpack
+from ..bank import LAYOUTS, views_A
+from . import _lora
+
+_ARGS = f"Tensor[] A, Tensor threshold, Tensor seeds, int[] ranks, int[] layouts, {_lora.PLAN}, int site, bool dropout"
+
+
+def _kernel(x, A, threshold, seeds, ranks, layouts, ids, offsets, perm, tiles, step, site, dropout, backend):
+    run = _lora.launchers("lora_shrink", x, A[0], backend)
+    return run.lora_shrink_fwd(x, _lora.factors_A(A, ranks, layouts), [threshold], [seeds], offsets, perm, tiles, step, [site], dropout)
+
+
+def _bwd_kernel(ds, x, A, threshold, seeds, ranks, layouts, ids, offsets, perm, tiles, step, site, dropout, need_dx, need, backend):
+    run = _lora.launchers("lora_shrink", x, A[0], backend)
+    dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if need_dx else None
+    grads, dA = _lora.new_grads(A, views_A, need, ranks, layouts)
+    run.lora_shrink_bwd(ds, x, _lora.factors_A(A, ranks, layouts), [threshold], [seeds], offsets, perm, tiles, step, [site], dropout, dx, dA)
+    return x.new_empty(0) if dx is None else dx, grads
+
+
+def _fake(x, A, threshold, seeds, ranks, layouts, ids, offsets, perm, *_):
+    return x.new_empty(perm.shape[0], max(ranks), dtype=_lora.s_dtype(x, A))
+
+
+def _bwd_fake(ds, x, A, threshold, seeds, ranks, layouts, *rest):
+    need_dx, need = rest[-3:-1]
+    dx = x.new_empty(x.shape) if need_dx else x.new_empty(0)
+    return dx, [a.new_empty(a.shape if wanted else 0) for a, wanted in zip(A, need)]
+
+
+class _LoraShrink(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, spec, *flat):
+        args = unpack(spec, flat)
+        with below_autograd():
+            s = _op(*args)
+        ctx.spec = spec
+        save(ctx, *args)
+        return s
+
+    @staticmethod
+    def backward(ctx, ds):
+        *args, backend = load(ctx)
+        need_x, need_A, *_ = unpack(ctx.spec, ctx.needs_input_grad[1:])
+        dx, grads = _bwd_op(ds.contiguous(), *args, need_x, need_A, backend)
+        dA = [g if wanted else None for g, wanted in zip(grads, need_A)]
+        return None, dx if need_x else None, *dA, *(None,) * (len(ctx.needs_input_grad) - 2 - len(dA))
+
+
+def _apply(*args):
+    flat, spec = pack(args)
+    return _LoraShrink.apply(spec, *flat)
+
+
+_op = register(
+    "lora_shrink",
+    f"lora_shrink(Tensor x, {_ARGS}, str backend) -> Tensor",
+    kernel=_kernel,
+    fake=_fake,
+    autograd=_apply,
+    autocast=("x", "A"),
+)
+_bwd_op = register(
+    "lora_shrink",
+    f"lora_shrink_bwd(Tensor ds, Tensor x, {_ARGS}, bool need_dx, bool[] need, str backend) -> (Tensor dx, Tensor[] grads)",
+    kernel=_bwd_kernel,
+    fake=_bwd_fake,
+)
+
+
+def lora_shrink(x, bank, plan, *, training=True, site=0, backend=None):
+    """s [T, R], or [T, K, R] for a plan of ids [T, K]: each row in the rank space of its adapter.
+
+    x: [..., D] with T rows, float32/bfloat16/float16 (float64 on the reference). bank: LoraBank from D (its B, scale
+    and bias are not read); R is its largest rank. plan: GroupPlan over len(bank) adapters, -1 = zeros.
+    training, site: dropout of the bank, as in lora_linear. The result has the wider dtype of x and the factors.
+    Raises TypeError/ValueError naming what does not fit.
+    """
+    rows = _lora.rows_of("lora_shrink", x, bank, plan)
+    factors = bank.params_A, bank.threshold, bank.seeds, bank.ranks, [LAYOUTS.index(bank.layout)]
+    s = _op(rows, *factors, *_lora.plan_args(plan), site, training, _backends.requested(backend))
+    return s.view(*plan.shape, s.shape[1])

@@ -1,0 +1,1 @@
+"""Edges and errors of lora_shrink."""
