@@ -110,9 +110,9 @@ class _Lora(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def grads(ctx, dys, need_x, needs):
+    def grads(ctx, dys, saved, need_x, needs):
         """(dx, gradients from A on up to the gates), flat."""
-        x, weight, s, *rest = load(ctx)
+        x, weight, s, *rest = saved
         need_A, need_B, need_bias, need_scale, _, _, _, _, need_gates, *_ = needs
         need = [*need_A, *need_B, *(need_bias or [])]
         if x is None:  # only its shape is read
@@ -146,10 +146,10 @@ class _LoraLinear(_Lora):
         if all(dy is None for dy in dys):
             return (None,) * len(ctx.needs_input_grad)
         need_x, need_w, need_b, *needs = unpack(ctx.spec, ctx.needs_input_grad[1:])
-        x, weight, *_ = load(ctx)
+        x, weight, *_ = saved = load(ctx)
         lead = next(dy for dy in dys if dy is not None)
         dys = [lead.new_zeros(len(lead), w.shape[0]) if dy is None else dy.contiguous() for dy, w in zip(dys, weight)]
-        dx, grads = _Lora.grads(ctx, dys, need_x, needs)
+        dx, grads = _Lora.grads(ctx, dys, saved, need_x, needs)
         dw = [dy.T @ x if wanted else None for dy, wanted in zip(dys, need_w)]
         db = [dy.sum(0) if wanted else None for dy, wanted in zip(dys, need_b)] if need_b else [None]
         return _Lora.pad(ctx, None, dx, *dw, *db, *grads)
@@ -170,7 +170,7 @@ class _LoraDelta(_Lora):
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
         need_x, need_out, *needs = unpack(ctx.spec, ctx.needs_input_grad[1:])
-        dx, grads = _Lora.grads(ctx, [dy.contiguous()], need_x, needs)
+        dx, grads = _Lora.grads(ctx, [dy.contiguous()], load(ctx), need_x, needs)
         return _Lora.pad(ctx, None, dx, dy if need_out else None, *grads)
 
 
