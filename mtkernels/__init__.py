@@ -14,7 +14,18 @@ from ._backends import backend, explain
 from .bank import LoraBank
 from .integrations import adapters, checkpoint_context, disable, enable
 from .nn import TaskLoss
-from .ops import group_plan, lora_delta, lora_expand, lora_linear, lora_linear_group, lora_shrink, task_cross_entropy, task_reduce
+from .ops import (
+    group_plan,
+    lora_delta,
+    lora_delta_group,
+    lora_expand,
+    lora_fan_out,
+    lora_linear,
+    lora_linear_group,
+    lora_shrink,
+    task_cross_entropy,
+    task_reduce,
+)
 from .plan import GroupPlan
 
 __version__ = "0.1.0"
@@ -31,7 +42,9 @@ __all__ = [
     "explain",
     "group_plan",
     "lora_delta",
+    "lora_delta_group",
     "lora_expand",
+    "lora_fan_out",
     "lora_linear",
     "lora_linear_group",
     "lora_shrink",

@@ -14,7 +14,12 @@ class LoraBank:
     multiplies B A x and the bias (PEFT's convention) and may require grad. threshold [n] int32 is
     round(65536 * dropout): an input element is kept when its 16 random bits reach it. seeds [n] int64 key the dropout
     of each adapter. Build it with `from_factors`, `from_packed`, `from_stacked` or `from_experts`.
+
+    With `main_grad = True`, the backward of lora_linear and lora_delta computes the gradients of the parameters in float32
+    and adds them to each one's `.main_grad` (float32, the parameter's shape, as Megatron keeps it) instead of returning them.
     """
+
+    main_grad = False
 
     def __init__(self, params_A, params_B, ranks, layout, bias, scale, threshold, seeds):
         self.params_A, self.params_B, self.ranks, self.layout = params_A, params_B, ranks, layout
@@ -119,6 +124,24 @@ class LoraBank:
     @property
     def device(self):
         return self.params_A[0].device
+
+    def split(self):
+        """One bank per adapter, on the same tensors."""
+        bias = self.bias or [None] * len(self)
+        parts = zip(self.A, self.B, self.ranks, bias, self.scale.split(1), self.threshold.split(1), self.seeds.split(1))
+        return [LoraBank([a], [b], [r], "separate", [] if beta is None else [beta], *small) for a, b, r, beta, *small in parts]
+
+    def main_grads(self):
+        """The `.main_grad` of every parameter and bias, or [] when gradients are returned as usual."""
+        if not self.main_grad:
+            return []
+        params = [*self.params_A, *self.params_B, *self.bias]
+        found = [getattr(p, "main_grad", None) if p.numel() and p.requires_grad else p.new_empty(0) for p in params]
+        for p, grad in zip(params, found):
+            if not isinstance(grad, torch.Tensor) or grad.numel() and (grad.dtype != torch.float32 or grad.shape != p.shape):
+                got = f"{grad.dtype} {tuple(grad.shape)}" if isinstance(grad, torch.Tensor) else type(grad).__name__
+                raise ValueError(f"LoraBank: main_grad of a parameter {tuple(p.shape)} is {got}; give it a float32 tensor of that shape")
+        return found
 
     def tensors(self):
         return (*self.params_A, *self.params_B, *self.bias, self.scale, self.threshold, self.seeds)

@@ -1,7 +1,7 @@
 """The ops, one stem each: `ops/X.py`, `reference/X.py`, `triton_kernels/X.py`, `csrc/cpu/X.cpp`, `tests/test_X.py`, `bench/bench_X.py`."""
 
 from .group_plan import group_plan
-from .lora import lora_delta, lora_linear, lora_linear_group
+from .lora import lora_delta, lora_delta_group, lora_fan_out, lora_linear, lora_linear_group
 from .lora_expand import lora_expand
 from .lora_shrink import lora_shrink
 from .task_cross_entropy import task_cross_entropy
@@ -9,14 +9,14 @@ from .task_reduce import task_reduce
 
 STEMS = {
     "group_plan": ("group_plan",),
-    "lora": ("lora_linear", "lora_linear_group", "lora_delta"),
+    "lora": ("lora_linear", "lora_linear_group", "lora_delta", "lora_delta_group", "lora_fan_out"),
     "lora_shrink": ("lora_shrink",),
     "lora_expand": ("lora_expand",),
     "task_reduce": ("task_reduce",),
     "task_cross_entropy": ("task_cross_entropy",),
 }
 # Public functions that are no op of their own, and the op they call.
-COMPOSED = {"lora_linear_group": "lora_linear"}
+COMPOSED = {"lora_linear_group": "lora_linear", "lora_delta_group": "lora_delta", "lora_fan_out": "lora_delta"}
 
 
 def stem_of(name):

@@ -11,8 +11,11 @@ BANK = "Tensor[] A, Tensor[] B, Tensor[] lora_bias, Tensor[] scale, Tensor[] thr
 PLAN = "Tensor ids, Tensor offsets, Tensor perm, Tensor tiles, Tensor step"
 
 
-def bank_args(banks):
+def bank_args(op, banks):
     """The arguments of schema piece BANK."""
+    for g, bank in enumerate(banks):
+        if bank.dtype != banks[0].dtype:
+            raise TypeError(f"{op}: bank[{g}] is {bank.dtype}, bank[0] is {banks[0].dtype}; use one dtype")
     bias = [t for bank in banks for t in (bank.bias or [bank.params_A[0].new_empty(0)] * len(bank))] if any(bank.bias for bank in banks) else []
     return (
         [t for bank in banks for t in bank.params_A],
@@ -24,6 +27,21 @@ def bank_args(banks):
         [r for bank in banks for r in bank.ranks],
         [LAYOUTS.index(bank.layout) for bank in banks],
     )
+
+
+def main_grads(banks):
+    """In the order of params_A, params_B and bias of all banks; [] when gradients are returned."""
+    if not any(bank.main_grad for bank in banks):
+        return []
+    if not all(bank.main_grad for bank in banks):
+        raise ValueError("main_grad is set on some banks of the group only; set it on all of them")
+    parts = zip(*[_main_grad_parts(bank) for bank in banks])
+    return [t for part in parts for tensors in part for t in tensors]
+
+
+def _main_grad_parts(bank):
+    grads, n, m = bank.main_grads(), len(bank.params_A), len(bank.params_B)
+    return grads[:n], grads[n : n + m], grads[n + m :] or [bank.scale.new_empty(0)] * len(bank)
 
 
 def plan_args(plan):
@@ -48,20 +66,24 @@ def factors_B(params, ranks, layouts):
     return factors(params, views_B, ranks, layouts)
 
 
-def new_grads(params, views, need, ranks, layouts):
-    """(gradients of the params, their views per adapter); an unwanted one is an empty tensor."""
+def new_grads(params, views, need, ranks, layouts, dtype):
+    """(gradients of the params, their views per adapter) in `dtype`; an unwanted one is an empty tensor."""
     n, begin, grads, found = len(ranks) // len(layouts), 0, [], []
     for g, layout in enumerate(map(LAYOUTS.__getitem__, layouts)):
         count = n if layout == "separate" else 1
         for p, wanted in zip(params[begin : begin + count], need[begin : begin + count]):
             made = torch.zeros_like if layout == "stacked" else torch.empty_like
-            grads.append(made(p, memory_format=torch.contiguous_format) if wanted else p.new_empty(0))
+            grads.append(made(p, dtype=dtype, memory_format=torch.contiguous_format) if wanted else p.new_empty(0, dtype=dtype))
         if layout == "separate":
             found += grads[begin:]
         else:
             found += views(grads[begin:], layout, ranks[g * n : (g + 1) * n]) if need[begin] else [grads[begin]] * n
         begin += count
     return grads, found
+
+
+def new_bias_grads(bias, need, dtype):
+    return [torch.empty_like(b, dtype=dtype) if wanted else b.new_empty(0, dtype=dtype) for b, wanted in zip(bias, need)]
 
 
 def s_width(ranks, n_targets):

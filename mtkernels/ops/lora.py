@@ -1,4 +1,4 @@
-"""lora_linear, lora_linear_group, lora_delta: batched heterogeneous LoRA.
+"""lora_linear, lora_linear_group, lora_delta, lora_delta_group, lora_fan_out: batched heterogeneous LoRA.
 
 Formula    row t, its adapters i with gates c:  y = x W^T + b + sum_i c_i s_i ((M o x) A_i^T B_i^T + beta_i)
            M keeps an element with probability 1 - p_i and divides it by that, replayed from Philox (reference/philox.py)
@@ -19,8 +19,10 @@ from .. import _backends, _native
 from .._op import below_autograd, load, pack, register, save, unpack
 from ..bank import views_A, views_B
 from . import _lora
+from .group_plan import group_plan
 
 _ARGS = f"{_lora.BANK}, Tensor? gates, {_lora.PLAN}, int[] sites, bool dropout"
+_MAIN = "Tensor[] main_grad"
 
 
 def _launchers(x, A, backend):
@@ -34,7 +36,7 @@ def _own_base(run, x, batch_invariant):
 
 
 def _linear_kernel(x, weight, bias, A, B, lora_bias, scale, threshold, seeds, ranks, layouts, gates, *rest):
-    ids, *groups, sites, dropout, batch_invariant, backend = rest
+    ids, *groups, sites, dropout, batch_invariant, main_grad, backend = rest
     run, bias = _launchers(x, A, backend), [b if b.numel() else None for b in bias] or [None] * len(weight)
     linear = _native.ops().lora_base_linear if _own_base(run, x, batch_invariant) else F.linear
     ys = [linear(x, w, b) for w, b in zip(weight, bias)]
@@ -43,18 +45,23 @@ def _linear_kernel(x, weight, bias, A, B, lora_bias, scale, threshold, seeds, ra
 
 
 def _delta_kernel(x, out, A, B, lora_bias, scale, threshold, seeds, ranks, layouts, gates, *rest):
-    ids, *groups, sites, dropout, backend = rest
+    ids, *groups, sites, dropout, main_grad, backend = rest
     views = _lora.factors_A(A, ranks, layouts), _lora.factors_B(B, ranks, layouts)
-    y = x.new_zeros(len(x), views[1][0].shape[0]) if out is None else out.clone(memory_format=torch.contiguous_format)
-    return y, _launchers(x, A, backend).lora_fwd(x, *views, lora_bias, scale, threshold, seeds, gates, *groups, sites, dropout, [y])
+    ys = [y.clone(memory_format=torch.contiguous_format) for y in out] or [x.new_zeros(len(x), n) for n in _widths(B, ranks, layouts)]
+    return ys, _launchers(x, A, backend).lora_fwd(x, *views, lora_bias, scale, threshold, seeds, gates, *groups, sites, dropout, ys)
+
+
+def _widths(B, ranks, layouts):
+    return [b.shape[0] for b in _lora.factors_B(B, ranks, layouts)[:: len(ranks) // len(layouts)]]
 
 
 def _bwd_kernel(dys, x, weight, s, A, B, lora_bias, scale, threshold, seeds, ranks, layouts, gates, *rest):
-    ids, *groups, sites, dropout, need_dx, need, need_gates, need_scale, batch_invariant, backend = rest
+    ids, *groups, sites, dropout, need_dx, need, need_gates, need_scale, fp32_grads, batch_invariant, backend = rest
     run, nA, nB = _launchers(x, A, backend), len(A), len(B)
-    grads_A, dA = _lora.new_grads(A, views_A, need[:nA], ranks, layouts)
-    grads_B, dB = _lora.new_grads(B, views_B, need[nA : nA + nB], ranks, layouts)
-    dbias = [torch.empty_like(b) if wanted else b.new_empty(0) for b, wanted in zip(lora_bias, need[nA + nB :])]
+    dtype = torch.float32 if fp32_grads else A[0].dtype
+    grads_A, dA = _lora.new_grads(A, views_A, need[:nA], ranks, layouts, dtype)
+    grads_B, dB = _lora.new_grads(B, views_B, need[nA : nA + nB], ranks, layouts, dtype)
+    dbias = _lora.new_bias_grads(lora_bias, need[nA + nB :], dtype)
     dx = _base_dx(run, dys, weight, x, batch_invariant) if need_dx else None
     e = _lora.new_e(dys[0], scale, groups[1], need_gates or need_scale)
     views = _lora.factors_A(A, ranks, layouts), _lora.factors_B(B, ranks, layouts)
@@ -86,13 +93,14 @@ def _linear_fake(x, weight, bias, A, B, lora_bias, scale, threshold, seeds, rank
 
 
 def _delta_fake(x, out, A, B, lora_bias, scale, threshold, seeds, ranks, layouts, gates, ids, offsets, perm, *_):
-    return x.new_empty(x.shape[0], _lora.factors_B(B, ranks, layouts)[0].shape[0]), _s_fake(x, A, ranks, perm, 1)
+    return [x.new_empty(x.shape[0], n) for n in _widths(B, ranks, layouts)], _s_fake(x, A, ranks, perm, len(layouts))
 
 
 def _bwd_fake(dys, x, weight, s, A, B, lora_bias, scale, threshold, seeds, ranks, layouts, gates, ids, *rest):
-    need_dx, need, need_gates, need_scale, _, _ = rest[-6:]
+    need_dx, need, need_gates, need_scale, fp32_grads, _, _ = rest[-7:]
     dscale = [t.new_empty(t.shape if need_scale else 0) for t in scale]
-    grads = [t.new_empty(t.shape if wanted else 0) for t, wanted in zip((*A, *B, *lora_bias), need)]
+    dtype = torch.float32 if fp32_grads else A[0].dtype
+    grads = [t.new_empty(t.shape if wanted else 0, dtype=dtype) for t, wanted in zip((*A, *B, *lora_bias), need)]
     return x.new_empty(x.shape if need_dx else 0), scale[0].new_empty(ids.shape if need_gates else 0), dscale, grads
 
 
@@ -102,8 +110,9 @@ class _Lora(torch.autograd.Function):
     @staticmethod
     def save(ctx, spec, x, weight, s, needs, rest):
         """needs: which of `rest`, the arguments from A on, want a gradient; x is kept for dA, and for dW by its own need."""
-        *rest, batch_invariant, backend = rest
-        ctx.spec, ctx.options, ctx.width = spec, (batch_invariant, backend), x.shape[1]
+        *rest, ctx.main_grad, backend = rest
+        *rest, batch_invariant = rest
+        ctx.spec, ctx.options, ctx.width = spec, (bool(ctx.main_grad), batch_invariant, backend), x.shape[1]
         keeps_x = any(needs[0]) or any(weight and unpack(spec, ctx.needs_input_grad[1:])[1])
         save(ctx, x if keeps_x else None, weight, s, *rest)
         ctx.mark_non_differentiable(s)
@@ -119,6 +128,8 @@ class _Lora(torch.autograd.Function):
             x = dys[0].new_empty(1, ctx.width).expand(dys[0].shape[0], -1)
         small = need_gates, any(need_scale)
         dx, dgates, dscale, grads = _bwd_op(dys, x, weight, s, *rest, need_x, need, *small, *ctx.options)
+        if ctx.main_grad:
+            grads = _accumulate(ctx.main_grad, grads, need)
         grads = [g if wanted else None for g, wanted in zip(grads, need)]
         n = len(need_A) + len(need_B)
         bias = grads[n:] if need_bias else [None]
@@ -147,8 +158,7 @@ class _LoraLinear(_Lora):
             return (None,) * len(ctx.needs_input_grad)
         need_x, need_w, need_b, *needs = unpack(ctx.spec, ctx.needs_input_grad[1:])
         x, weight, *_ = saved = load(ctx)
-        lead = next(dy for dy in dys if dy is not None)
-        dys = [lead.new_zeros(len(lead), w.shape[0]) if dy is None else dy.contiguous() for dy, w in zip(dys, weight)]
+        dys = _dense(dys, [w.shape[0] for w in weight])
         dx, grads = _Lora.grads(ctx, dys, saved, need_x, needs)
         dw = [dy.T @ x if wanted else None for dy, wanted in zip(dys, need_w)]
         db = [dy.sum(0) if wanted else None for dy, wanted in zip(dys, need_b)] if need_b else [None]
@@ -160,18 +170,36 @@ class _LoraDelta(_Lora):
     def forward(ctx, spec, *flat):
         args = unpack(spec, flat)
         with below_autograd():
-            y, s = _delta_op(*args)
+            ys, s = _delta_op(*args)
         needs = unpack(spec, ctx.needs_input_grad[1:])
-        _Lora.save(ctx, spec, args[0], [], s, needs[2:], [*args[2:-1], False, args[-1]])
-        return y, s
+        *rest, main_grad, backend = args[2:]
+        _Lora.save(ctx, spec, args[0], [], s, needs[2:], [*rest, False, main_grad, backend])
+        ctx.widths = [y.shape[1] for y in ys]
+        return *ys, s
 
     @staticmethod
-    def backward(ctx, dy, _):
-        if dy is None:
+    def backward(ctx, *dys):
+        if all(dy is None for dy in dys):
             return (None,) * len(ctx.needs_input_grad)
         need_x, need_out, *needs = unpack(ctx.spec, ctx.needs_input_grad[1:])
-        dx, grads = _Lora.grads(ctx, [dy.contiguous()], load(ctx), need_x, needs)
-        return _Lora.pad(ctx, None, dx, dy if need_out else None, *grads)
+        dys = _dense(dys, ctx.widths)
+        dx, grads = _Lora.grads(ctx, dys, load(ctx), need_x, needs)
+        dout = [dy if wanted else None for dy, wanted in zip(dys, need_out)] if need_out else [None]
+        return _Lora.pad(ctx, None, dx, *dout, *grads)
+
+
+def _dense(dys, widths):
+    """Gradients of the outputs, zeros for one that was not used."""
+    lead = next(dy for dy in dys if dy is not None)
+    return [lead.new_zeros(len(lead), n) if dy is None else dy.contiguous() for dy, n in zip(dys, widths)]
+
+
+def _accumulate(main_grad, grads, need):
+    """Add the gradients to main_grad; nothing is left to return."""
+    wanted = [(main, g) for main, g, w in zip(main_grad, grads, need) if w and main.numel()]
+    if wanted:
+        torch._foreach_add_(*map(list, zip(*wanted)))
+    return [None] * len(grads)
 
 
 def _linear_autograd(*args):
@@ -182,13 +210,14 @@ def _linear_autograd(*args):
 
 def _delta_autograd(*args):
     flat, spec = pack(args)
-    return _LoraDelta.apply(spec, *flat)
+    *ys, s = _LoraDelta.apply(spec, *flat)
+    return ys, s
 
 
 _LISTS = ("x", "A", "B", "lora_bias")
 _linear_op = register(
     "lora",
-    f"lora_linear(Tensor x, Tensor[] weight, Tensor[] bias, {_ARGS}, bool batch_invariant, str backend) -> (Tensor[] y, Tensor s)",
+    f"lora_linear(Tensor x, Tensor[] weight, Tensor[] bias, {_ARGS}, bool batch_invariant, {_MAIN}, str backend) -> (Tensor[] y, Tensor s)",
     kernel=_linear_kernel,
     fake=_linear_fake,
     autograd=_linear_autograd,
@@ -196,7 +225,7 @@ _linear_op = register(
 )
 _delta_op = register(
     "lora",
-    f"lora_delta(Tensor x, Tensor? out, {_ARGS}, str backend) -> (Tensor y, Tensor s)",
+    f"lora_delta(Tensor x, Tensor[] out, {_ARGS}, {_MAIN}, str backend) -> (Tensor[] y, Tensor s)",
     kernel=_delta_kernel,
     fake=_delta_fake,
     autograd=_delta_autograd,
@@ -205,7 +234,7 @@ _delta_op = register(
 _bwd_op = register(
     "lora",
     f"lora_bwd(Tensor[] dys, Tensor x, Tensor[] weight, Tensor s, {_ARGS}, bool need_dx, bool[] need, bool need_gates, bool need_scale,"
-    " bool batch_invariant, str backend) -> (Tensor dx, Tensor dgates, Tensor[] dscale, Tensor[] grads)",
+    " bool fp32_grads, bool batch_invariant, str backend) -> (Tensor dx, Tensor dgates, Tensor[] dscale, Tensor[] grads)",
     kernel=_bwd_kernel,
     fake=_bwd_fake,
 )
@@ -251,13 +280,11 @@ def _linear(op, x, weights, biases, banks, plan, *, training, sites, gates, batc
             raise ValueError(f"{op}: weight{which} is {tuple(weight.shape)}, the bank maps {bank.in_features} -> {bank.out_features}; weight is [O, D]")
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(f"{op}: bias{which} is {tuple(bias.shape)}; give {tuple(weight.shape[:1])} or None")
-        if bank.dtype != banks[0].dtype:
-            raise TypeError(f"{op}: bank{which} is {bank.dtype}, bank[0] is {banks[0].dtype}; use one dtype")
         for name, t in ((f"weight{which}", weight), (f"bias{which}", bias)):
             _lora.check_like(op, name, t, x)
     bias = [x.new_empty(0) if b is None else b for b in biases] if any(b is not None for b in biases) else []
     gates, groups = _lora.flat_gates(op, gates, plan, banks[0].scale), _lora.plan_args(plan)
-    ys, _ = _linear_op(rows, weights, bias, *_lora.bank_args(banks), gates, *groups, list(sites), training, batch_invariant, _backends.requested(backend))
+    ys, _ = _linear_op(rows, weights, bias, *_lora.bank_args(op, banks), gates, *groups, list(sites), training, batch_invariant, _lora.main_grads(banks), _backends.requested(backend))
     return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
 
@@ -266,13 +293,41 @@ def lora_delta(x, bank, plan, out=None, *, training=True, site=0, gates=None, ba
 
     x: [..., D] with T rows; out: [..., O] or None, never written; the rest as in lora_linear. Returns [..., O].
     """
-    rows = _lora.rows_of("lora_delta", x, bank, plan)
-    shape = (*x.shape[:-1], bank.out_features)
-    if out is not None:
+    outs = None if out is None else [out]
+    return _delta("lora_delta", x, [bank], plan, outs, training=training, sites=(site,), gates=gates, backend=backend)[0]
+
+
+def lora_delta_group(x, banks, plan, outs=None, *, training=True, sites=None, gates=None, backend=None):
+    """A tuple of lora_delta's results for several targets, with one read of x; outs: one per target, or None."""
+    banks = list(banks)
+    sites = range(len(banks)) if sites is None else sites
+    if not banks or len(sites) != len(banks) or outs is not None and len(outs) != len(banks):
+        got = f"{len(banks)} banks, {len(sites)} sites and {'no' if outs is None else len(outs)} outs"
+        raise ValueError(f"lora_delta_group: got {got}; give one of each per target, at least one")
+    return _delta("lora_delta_group", x, banks, plan, outs, training=training, sites=sites, gates=gates, backend=backend)
+
+
+def lora_fan_out(x, weight, bias, bank, *, plan=None, training=True, site=0, backend=None):
+    """One output per adapter (MTLoRA's task outputs): a tuple of x W^T + bias + s_i B_i A_i x, [..., O] each.
+
+    plan: a GroupPlan over one group that says which rows take part (id 0; -1 = base only); None = all.
+    Every adapter draws its own mask (site, site + 1, ...). The base and the read of x are shared.
+    """
+    rows = x.numel() // x.shape[-1] if x.shape[-1:].numel() else 0
+    plan = group_plan(torch.zeros(rows, dtype=torch.int32, device=x.device), 1, backend=backend) if plan is None else plan
+    base, sites = F.linear(x, weight, bias), range(site, site + len(bank))
+    return _delta("lora_fan_out", x, bank.split(), plan, [base] * len(bank), training=training, sites=sites, gates=None, backend=backend)
+
+
+def _delta(op, x, banks, plan, outs, *, training, sites, gates, backend):
+    rows = [_lora.rows_of(op, x, bank, plan) for bank in banks][0]
+    shapes = [(*x.shape[:-1], bank.out_features) for bank in banks]
+    for out, shape in zip(outs or (), shapes):
         if out.shape != shape:
-            raise ValueError(f"lora_delta: out is {tuple(out.shape)}; x and the bank give {shape}")
-        _lora.check_like("lora_delta", "out", out, x)
-        out = out.reshape(-1, bank.out_features)
-    gates, groups = _lora.flat_gates("lora_delta", gates, plan, bank.scale), _lora.plan_args(plan)
-    y, _ = _delta_op(rows, out, *_lora.bank_args([bank]), gates, *groups, [site], training, _backends.requested(backend))
-    return y.view(shape)
+            raise ValueError(f"{op}: out is {tuple(out.shape)}; x and the bank give {shape}")
+        _lora.check_like(op, "out", out, x)
+    outs = [out.reshape(-1, out.shape[-1]) for out in outs or ()]
+    gates, groups = _lora.flat_gates(op, gates, plan, banks[0].scale), _lora.plan_args(plan)
+    factors = _lora.bank_args(op, banks)
+    ys, _ = _delta_op(rows, outs, *factors, gates, *groups, list(sites), training, _lora.main_grads(banks), _backends.requested(backend))
+    return tuple(y.view(shape) for y, shape in zip(ys, shapes))

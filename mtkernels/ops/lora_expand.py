@@ -29,8 +29,8 @@ def _kernel(s, out, n_rows, B, bias, scale, gates, ranks, layouts, ids, offsets,
 
 def _bwd_kernel(dy, s, B, bias, scale, gates, ranks, layouts, ids, offsets, perm, tiles, step, need, need_gates, need_scale, backend):
     run, groups = _lora.launchers("lora_expand", s, B[0], backend), (offsets, perm, tiles)
-    grads, dB = _lora.new_grads(B, views_B, need[: len(B)], ranks, layouts)
-    dbias = [torch.empty_like(b) if wanted else b.new_empty(0) for b, wanted in zip(bias, need[len(B) :])]
+    grads, dB = _lora.new_grads(B, views_B, need[: len(B)], ranks, layouts, B[0].dtype)
+    dbias = _lora.new_bias_grads(bias, need[len(B) :], B[0].dtype)
     ds, e = torch.empty_like(s), _lora.new_e(dy, [scale], perm, need_gates or need_scale)
     run.lora_expand_bwd([dy], s, _lora.factors_B(B, ranks, layouts), bias, [scale], gates, *groups, ds, e, dB, dbias)
     dgates, (dscale,) = _lora.gate_and_scale_grads(e, [scale], gates, ids, *groups, need_gates, need_scale, backend)

@@ -28,7 +28,7 @@ def _kernel(x, A, threshold, seeds, ranks, layouts, ids, offsets, perm, tiles, s
 def _bwd_kernel(ds, x, A, threshold, seeds, ranks, layouts, ids, offsets, perm, tiles, step, site, dropout, need_dx, need, backend):
     run = _lora.launchers("lora_shrink", x, A[0], backend)
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if need_dx else None
-    grads, dA = _lora.new_grads(A, views_A, need, ranks, layouts)
+    grads, dA = _lora.new_grads(A, views_A, need, ranks, layouts, A[0].dtype)
     run.lora_shrink_bwd(ds, x, _lora.factors_A(A, ranks, layouts), [threshold], [seeds], offsets, perm, tiles, step, [site], dropout, dx, dA)
     return x.new_empty(0) if dx is None else dx, grads
 
