@@ -20,6 +20,8 @@ from .._op import below_autograd, load, pack, register, save, unpack
 from ..bank import views_A, views_B
 from . import _lora
 from .group_plan import group_plan
+from .lora_expand import lora_expand
+from .lora_shrink import lora_shrink
 
 _ARGS = f"{_lora.BANK}, Tensor? gates, {_lora.PLAN}, int[] sites, bool dropout"
 _MAIN = "Tensor[] main_grad"
@@ -240,7 +242,7 @@ _bwd_op = register(
 )
 
 
-def lora_linear(x, weight, bias, bank, plan, *, training=True, site=0, gates=None, batch_invariant=False, backend=None):
+def lora_linear(x, weight, bias, bank, plan, *, training=True, site=0, gates=None, mid=None, batch_invariant=False, backend=None):
     """y [..., O] = x W^T + bias, plus each row's own adapters.
 
     x: [..., D] with T rows in all, float32/bfloat16/float16 (float64 on the reference). weight [O, D], bias [O] or None:
@@ -249,9 +251,14 @@ def lora_linear(x, weight, bias, bank, plan, *, training=True, site=0, gates=Non
         len(bank) adapters; -1 = base only.
     training: apply the bank's dropout. site: distinguishes the layers that share a plan, so that their masks differ.
     gates: float of the plan's shape, multiplies each adapter's part of each row; differentiable; None = 1.
+    mid: a map in rank space (mtkernels.mid), between A and B: MTL-LoRA, HydraLoRA, bottleneck adapters and so on.
     batch_invariant: take our fixed-order kernel for the base too, so that a row's bits do not depend on the others.
     Raises TypeError/ValueError naming what does not fit.
     """
+    if mid is not None:
+        _refuse_beside_mid("lora_linear", gates=gates, batch_invariant=batch_invariant or None)
+        base = F.linear(x, weight, bias)
+        return _through(mid, x, bank, plan, base, training=training, site=site, backend=backend)
     options = dict(training=training, sites=(site,), gates=gates, batch_invariant=batch_invariant, backend=backend)
     return _linear("lora_linear", x, [weight], [bias], [bank], plan, **options)[0]
 
@@ -288,11 +295,14 @@ def _linear(op, x, weights, biases, banks, plan, *, training, sites, gates, batc
     return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
 
-def lora_delta(x, bank, plan, out=None, *, training=True, site=0, gates=None, backend=None):
+def lora_delta(x, bank, plan, out=None, *, training=True, site=0, gates=None, mid=None, backend=None):
     """The LoRA part alone, or out + it: for a base that is quantised, sharded or computed elsewhere.
 
     x: [..., D] with T rows; out: [..., O] or None, never written; the rest as in lora_linear. Returns [..., O].
     """
+    if mid is not None:
+        _refuse_beside_mid("lora_delta", gates=gates)
+        return _through(mid, x, bank, plan, out, training=training, site=site, backend=backend)
     outs = None if out is None else [out]
     return _delta("lora_delta", x, [bank], plan, outs, training=training, sites=(site,), gates=gates, backend=backend)[0]
 
@@ -317,6 +327,19 @@ def lora_fan_out(x, weight, bias, bank, *, plan=None, training=True, site=0, bac
     plan = group_plan(torch.zeros(rows, dtype=torch.int32, device=x.device), 1, backend=backend) if plan is None else plan
     base, sites = F.linear(x, weight, bias), range(site, site + len(bank))
     return _delta("lora_fan_out", x, bank.split(), plan, [base] * len(bank), training=training, sites=sites, gates=None, backend=backend)
+
+
+def _through(mid, x, bank, plan, out, *, training, site, backend):
+    s = lora_shrink(x, bank, plan, training=training, site=site, backend=backend)
+    u, bank, plan, gates = mid(s, bank, plan)
+    y = lora_expand(u, bank, plan, out, gates=gates, backend=backend)
+    return y if out is not None else y.view(*x.shape[:-1], y.shape[-1]).to(x.dtype)
+
+
+def _refuse_beside_mid(op, **options):
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{op}: {name}= does not go with mid=; a mid returns its own gates, and its base is torch's linear")
 
 
 def _delta(op, x, banks, plan, outs, *, training, sites, gates, backend):
