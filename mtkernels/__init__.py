@@ -26,7 +26,7 @@ from .ops import (
     task_cross_entropy,
     task_reduce,
 )
-from .plan import GroupPlan
+from .plan import GroupPlan, alora_ids
 
 __version__ = "0.1.0"
 
@@ -35,6 +35,7 @@ __all__ = [
     "LoraBank",
     "TaskLoss",
     "adapters",
+    "alora_ids",
     "backend",
     "checkpoint_context",
     "disable",

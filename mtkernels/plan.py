@@ -67,3 +67,19 @@ def check_plan(op, plan, n_groups, n_rows, device, groups="groups", slots=False)
         raise ValueError(f"{op}: the plan covers {plan.n_rows} rows, but the input has {n_rows}")
     if plan.device != device:
         raise ValueError(f"{op}: the plan is on {plan.device}, the input on {device}; build it from ids on {device}")
+
+
+def alora_ids(ids, offsets, length):
+    """Per-token ids [B, length] for activated LoRA: a sequence's adapter starts at its invocation, rows before it have none.
+
+    ids: [B] int32/int64, one adapter per sequence, -1 = none. offsets: [B] tensor, or a list of ints and Nones: tokens from
+    the start of the invocation to the end of the sequence (PEFT's alora_offsets; None = not invoked); larger than
+    `length` means from the first token. Feed the result, flattened, to `group_plan`, or to `adapters`.
+    Source: Activated LoRA, arXiv 2504.12397.
+    """
+    if not isinstance(offsets, torch.Tensor):
+        offsets = torch.tensor([0 if o is None else int(o) for o in offsets], dtype=torch.int64, device=ids.device)
+    if ids.dim() != 1 or offsets.shape != ids.shape:
+        raise ValueError(f"alora_ids: ids are {tuple(ids.shape)}, offsets {tuple(offsets.shape)}; give one of each per sequence [B]")
+    active = torch.arange(length, device=ids.device) >= length - offsets[:, None]
+    return torch.where(active, ids[:, None], -1)
