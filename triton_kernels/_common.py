@@ -106,7 +106,7 @@ class CompileCase(NamedTuple):
 
 
 _LAUNCH_KEYS = ("num_warps", "num_stages", "enable_fp_fusion")
-_ALIGNED_SIZES = frozenset(("width", "d_in", "d_out", "max_rank", "partial_stride", "n_classes"))
+_ALIGNED_SIZES = frozenset(("strides", "widths", "d_in", "slot_size", "n_classes"))
 
 
 def config_arch(target: str) -> str:
@@ -115,10 +115,11 @@ def config_arch(target: str) -> str:
 
 
 def compile_case(name, kernel, types, options, tensor_cores=False, unaligned=(), **constexprs) -> CompileCase:
-    """Case whose `*_ptr` arguments take `types` and whose other run-time arguments are i32."""
+    """Case whose arguments take `types` (a tuple for a tuple of arguments) and, those without one, i32."""
     constexprs |= {k: v for k, v in options.items() if k not in _LAUNCH_KEYS}
     signature = {a: "constexpr" if a in constexprs else types.get(a, "i32") for a in kernel.arg_names}
     sizes = (_ALIGNED_SIZES | {a for a in signature if a.startswith("stride_")}) - set(unaligned)
-    aligned = tuple(a for a, t in signature.items() if t.startswith("*") or (t == "i32" and a in sizes))
+    first = {a: t[0] if isinstance(t, tuple) else t for a, t in signature.items()}
+    aligned = tuple(a for a, t in first.items() if t.startswith("*") or (t == "i32" and a in sizes))
     launch = {k: options[k] for k in _LAUNCH_KEYS}
     return CompileCase(name, kernel, signature, constexprs, launch, tensor_cores, aligned)

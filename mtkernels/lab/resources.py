@@ -64,7 +64,8 @@ def measure(case, target, aligned=True):
     from triton.compiler import ASTSource
 
     divisible = case.aligned if aligned else ()
-    attrs = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(case.signature) if a in divisible}
+    paths = [path for i, (a, t) in enumerate(case.signature.items()) if a in divisible for path in _paths(i, t)]
+    attrs = {path: [["tt.divisibility", 16]] for path in paths}
     source = ASTSource(fn=case.kernel, signature=case.signature, constexprs=case.constexprs, attrs=attrs)
     compiled = triton.compile(source, target=GPUTarget("cuda", int(target[3:]), 32), options=case.options)
     usage, sass = _disassemble(compiled.asm["cubin"])
@@ -90,6 +91,11 @@ def problems(case, resources, target):
     if case.tensor_cores and not resources.tensor_cores:
         found.append("no tensor-core instruction")
     return found
+
+
+def _paths(i, kind):
+    """Where ASTSource finds argument i, or each member of a tuple."""
+    return [(i, j) for j in range(len(kind))] if isinstance(kind, tuple) else [(i,)]
 
 
 def _check_target(target):
