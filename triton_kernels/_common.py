@@ -57,7 +57,11 @@ def dropout_scale(threshold, DROPOUT: tl.constexpr):
     if not DROPOUT:
         return tl.full((), 1.0, tl.float32)
     kept = tl.maximum(65536 - threshold, 1).to(tl.float32)
-    return tl.where(threshold >= 65536, 0.0, tl.math.div_rn(65536.0, kept))
+    # A Newton step rounds the quotient right; div_rn would call a subroutine, and callers would spill around it.
+    inverse = 1.0 / kept
+    scale = 65536.0 * inverse
+    scale = tl.fma(tl.fma(-scale, kept, 65536.0), inverse, scale)
+    return tl.where(threshold >= 65536, 0.0, scale)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -79,16 +79,16 @@ def _lora_expand_kernel(
 
     o_j = tl.load(offsets_ptr + adapter) + (tile - tl.load(p_tiles + adapter)) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_row = o_j < tl.load(offsets_ptr + adapter + 1)
-    b_p = tl.load(perm_ptr + o_j, mask=m_row, other=0).to(tl.int64)
+    b_p = tl.load(perm_ptr + o_j, mask=m_row, other=0)
     m_row &= b_p % n_slots == slot
     width, column = pick(widths, target), column_tile * BLOCK_N
     o_n = column + tl.arange(0, BLOCK_N)
     m_n = o_n < width
-    p_y = pick(ys, target) + (b_p // n_slots)[:, None] * pick(strides, target) + o_n[None, :]
+    p_y = pick(ys, target) + (b_p // n_slots)[:, None].to(tl.int64) * pick(strides, target) + o_n[None, :]
     b_y = tl.load(p_y, mask=m_row[:, None] & m_n[None, :], other=0.0)
     stride_o, stride_r = strides_of_B(table_ptr, n_columns, entry, STRIDE_B_O, STRIDE_B_R, LAYOUT, ALIGN)
     acc = expand_dot(
-        s_ptr + b_p[:, None] * stride_s + size_field(table_ptr, n_columns, entry, S_BEGIN, ALIGN), m_row,
+        s_ptr + b_p[:, None].to(tl.int64) * stride_s + size_field(table_ptr, n_columns, entry, S_BEGIN, ALIGN), m_row,
         factor_pointer(table_ptr, n_columns, entry, PTR_B, FACTOR, ALIGNED),
         stride_r, stride_o, rank, bucket_of(rank), column, width,
         BUCKETS, BLOCK_N,
@@ -127,16 +127,16 @@ def _ds_program(
     """dS = gate scale dy B, zeros right of the rank and without adapter; e = S . (dy B) + dy . bias unless e_ptr is None."""
     compute: tl.constexpr = ds_ptr.dtype.element_ty
     m_row = o_j < end
-    b_p = tl.load(perm_ptr + o_j, mask=m_row, other=0).to(tl.int64)
+    b_p = tl.load(perm_ptr + o_j, mask=m_row, other=0)
     rank = tl.zeros((), tl.int32)
     if has_adapter:
         rank = size_field(table_ptr, n_columns, entry, RANK, ALIGN)
     s_begin = size_field(table_ptr, n_columns, entry, S_BEGIN, ALIGN)
-    p_s, p_ds = s_ptr + s_begin + b_p[:, None] * stride_s, ds_ptr + s_begin + b_p[:, None] * stride_ds
+    p_s, p_ds = s_ptr + s_begin + b_p[:, None].to(tl.int64) * stride_s, ds_ptr + s_begin + b_p[:, None].to(tl.int64) * stride_ds
     fill_zeros(p_ds, m_row, rank, field(table_ptr, n_columns, entry, S_WIDTH).to(tl.int32), FILL_R)
     b_e = tl.zeros([o_j.shape[0]], tl.float32)
     if has_adapter:
-        p_row = dy_ptr + (b_p // n_slots)[:, None] * stride_dy
+        p_row = dy_ptr + (b_p // n_slots)[:, None].to(tl.int64) * stride_dy
         if HAS_BIAS and e_ptr is not None:
             p_bias = factor_pointer(table_ptr, n_columns, entry, PTR_BIAS, FACTOR, ALIGNED)
             if p_bias.to(tl.int64) != 0:

@@ -51,13 +51,16 @@ def expand_dot(
     p_s, m_row, p_factor, stride_r, stride_c, rank, bucket, column, n_cols,
     BUCKETS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """acc[m, n] = sum_r s[m, r] factor[r, column + n]; p_s [M, 1] points at rows of S."""
+    """acc[m, n] = sum_r s[m, r] factor[r, column + n]; p_s [M, 1] points at rows of S.
+
+    Ranks above 16 go in tiles of 32: the rows wait for memory, and wider tiles only take registers from other programs.
+    """
     o_n = tl.arange(0, BLOCK_N)
     p_factor += tl.cast(column, tl.int64) * stride_c
     acc = tl.zeros([p_s.shape[0], BLOCK_N], tl.float32)
-    for b in tl.static_range(3):
-        if BUCKETS & (12 if b == 2 else 1 << b):
-            if tl.minimum(bucket, 2) == b:
+    for b in tl.static_range(2):
+        if BUCKETS & (1 if b == 0 else 14):
+            if tl.minimum(bucket, 1) == b:
                 o_r = tl.arange(0, 16 << b)
                 for r in tl.range(0, rank, 16 << b, num_stages=1):
                     m_r = o_r < rank - r
@@ -99,12 +102,12 @@ def _factor_grad_dot(
     for j in range(0, n_rows, BLOCK_J):
         o_j = j + tl.arange(0, BLOCK_J)
         m_j = o_j < n_rows
-        b_p = tl.load(perm_ptr + o_j, mask=m_j, other=0).to(tl.int64)
+        b_p = tl.load(perm_ptr + o_j, mask=m_j, other=0)
         # [J, W]
-        p_wide = wide_ptr + (b_p // n_slots)[:, None] * stride_wide + o_c[None, :]
+        p_wide = wide_ptr + (b_p // n_slots)[:, None].to(tl.int64) * stride_wide + o_c[None, :]
         b_wide = tl.load(p_wide, mask=m_j[:, None] & m_c[None, :], other=0.0)
         # [J, R]
-        b_s = tl.load(s_ptr + b_p[:, None] * stride_s + o_r[None, :], mask=m_j[:, None] & m_r[None, :], other=0.0)
+        b_s = tl.load(s_ptr + b_p[:, None].to(tl.int64) * stride_s + o_r[None, :], mask=m_j[:, None] & m_r[None, :], other=0.0)
         if HAS_BIAS:
             b_bias = b_wide.to(tl.float32)
         if gates_ptr is not None:

@@ -61,17 +61,17 @@ def _lora_shrink_kernel(
     end = tl.load(offsets_ptr + adapter + 1, mask=adapter < n_adapters, other=n_positions)
     o_j = begin + (tile - tl.load(p_tiles + adapter)) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_row = o_j < end
-    b_p = tl.load(perm_ptr + o_j, mask=m_row, other=0).to(tl.int64)
+    b_p = tl.load(perm_ptr + o_j, mask=m_row, other=0)
     n_columns, entry = n_adapters * n_targets, target * n_adapters + tl.minimum(adapter, n_adapters - 1)
     rank = tl.zeros((), tl.int32)
     if adapter < n_adapters:
         rank = size_field(table_ptr, n_columns, entry, RANK, ALIGN)
-    p_s = s_ptr + b_p[:, None] * stride_s + size_field(table_ptr, n_columns, entry, S_BEGIN, ALIGN)
+    p_s = s_ptr + b_p[:, None].to(tl.int64) * stride_s + size_field(table_ptr, n_columns, entry, S_BEGIN, ALIGN)
     fill_zeros(p_s, m_row, rank, field(table_ptr, n_columns, entry, S_WIDTH).to(tl.int32), FILL_R)
     if rank == 0:
         return
 
-    p_row = x_ptr + (b_p // n_slots)[:, None] * stride_x
+    p_row = x_ptr + (b_p // n_slots)[:, None].to(tl.int64) * stride_x
     p_A = factor_pointer(table_ptr, n_columns, entry, PTR_A, FACTOR, ALIGNED)
     stride_A = size_field(table_ptr, n_columns, entry, STRIDE_A, ALIGN)
     mask = dropout_of(table_ptr, n_columns, entry, step_ptr, DROPOUT)
@@ -145,10 +145,10 @@ def _dx_program(
             begin = tl.load(offsets_ptr + adapter)
             o_j = begin + (tile - tl.load(p_tiles + adapter)) * BLOCK_M + tl.arange(0, BLOCK_M)
             m_row = o_j < tl.load(offsets_ptr + adapter + 1)
-            b_p = tl.load(perm_ptr + o_j, mask=m_row, other=0).to(tl.int64)
+            b_p = tl.load(perm_ptr + o_j, mask=m_row, other=0)
             m_row &= b_p % n_slots == slot
             o_n = column + tl.arange(0, BLOCK_N)
-            p_dx = dx_ptr + (b_p // n_slots)[:, None] * stride_dx + o_n[None, :]
+            p_dx = dx_ptr + (b_p // n_slots)[:, None].to(tl.int64) * stride_dx + o_n[None, :]
             m_dx = m_row[:, None] & (o_n < d_in)[None, :]
             total = tl.load(p_dx, mask=m_dx, other=0.0).to(tl.float32)
             for g in tl.range(0, n_targets, num_stages=1):
@@ -156,7 +156,7 @@ def _dx_program(
                 rank = size_field(table_ptr, n_columns, entry, RANK, ALIGN)
                 mask = dropout_of(table_ptr, n_columns, entry, step_ptr, DROPOUT)
                 acc = expand_dot(
-                    ds_ptr + b_p[:, None] * stride_ds + size_field(table_ptr, n_columns, entry, S_BEGIN, ALIGN), m_row,
+                    ds_ptr + b_p[:, None].to(tl.int64) * stride_ds + size_field(table_ptr, n_columns, entry, S_BEGIN, ALIGN), m_row,
                     factor_pointer(table_ptr, n_columns, entry, PTR_A, FACTOR, ALIGNED),
                     size_field(table_ptr, n_columns, entry, STRIDE_A, ALIGN), 1, rank, bucket_of(rank), column, d_in,
                     BUCKETS, BLOCK_N,
