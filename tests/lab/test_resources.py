@@ -16,7 +16,7 @@ def _tested(target, case):
     """The costliest specialisation of every kernel on every family, unless it compiles alike there."""
     if case.tensor_cores:
         return ".ragged" in case.name or target == "sm_90"
-    if case.name.startswith("lora."):
+    if case.name.startswith("lora_"):
         return ".ragged" in case.name and target == "sm_100"
     return target != "sm_90"
 
@@ -34,11 +34,11 @@ def test_shipped_kernel_fits(target, case):
 
 def test_every_kernel_module_lists_its_cases():
     stems = {case.name.split(".")[0] for case in resources.shipped_cases("sm_90")}
-    assert {"group_plan", "lora", "task_reduce", "task_cross_entropy"} <= stems
+    assert {"group_plan", "lora_shrink", "lora_expand", "task_reduce", "task_cross_entropy"} <= stems
 
 
 def test_problems_are_found():
-    case = next(c for c in resources.shipped_cases("sm_90", ["lora"]) if c.tensor_cores)
+    case = next(c for c in resources.shipped_cases("sm_90", ["lora_shrink"]) if c.tensor_cores)
     bad = resources.Resources(255, 16, 4, 300_000, 4, 100, {})
     assert len(resources.problems(case, bad, "sm_90")) == 3
 

@@ -24,7 +24,8 @@ class Compiled:
 
     def __call__(self, stem, function, *args):
         module = import_module(f"mtkernels.triton_kernels.{stem}")
-        self.monkeypatch.setattr(module, "arch_of", lambda device: f"sm_{self.arch}")
+        for owner in (module, import_module("mtkernels.triton_kernels._common")):
+            self.monkeypatch.setattr(owner, "arch_of", lambda device: f"sm_{self.arch}", raising=False)
         with poisoned(), VirtualGPU(self.arch) as gpu:
             result = getattr(module, function)(*args)
         self.launches = gpu.launches
@@ -99,18 +100,42 @@ def test_task_cross_entropy(dtype, n_classes, compiled):
     several_programs(compiled, "_task_cross_entropy_bwd_kernel")
 
 
-def lora_problem(dtype, ranks, T=150, D=72, O=104):
+def lora_problem(dtype, ranks, T=150, D=72, widths=(104,), n_slots=1):
     """Ragged groups, an adapter without rows, ids of no adapter, every kind of dropout; odd adapters have a bias."""
-    n = len(ranks)
-    ids = torch.randint(-1, n, (T,))
+    n, n_targets = len(ranks), len(widths)
+    ids = torch.randint(-1, n, (T * n_slots,))
     ids[ids == 0] = n - 1
     _, _, offsets, perm, _, tiles = plan_of(ids, n)
-    A, B = [torch.randn(r, D).to(dtype) for r in ranks], [torch.randn(O, r).to(dtype) for r in ranks]
-    bias = [torch.randn(O if i % 2 else 0).to(dtype) for i in range(n)]
+    A = [torch.randn(r, D).to(dtype) for _ in widths for r in ranks]
+    B = [torch.randn(O, r).to(dtype) for O in widths for r in ranks]
+    bias = [torch.randn(O if i % 2 else 0).to(dtype) for O in widths for i in range(n)]
     threshold = torch.tensor([0, 32768, 16384, 65536, 3277, 40000][:n], dtype=torch.int32)
-    adapters = torch.rand(n), threshold, torch.arange(7, 7 + n), offsets, perm, tiles, torch.tensor(2**32 + 11), 3, True
-    rows = {name: torch.randn(T, width + 8).to(dtype)[:, :width] for name, width in (("x", D), ("dy", O), ("y", O), ("dx", D))}
-    return A, B, bias, adapters, rows
+    gates = torch.randn(len(perm)) if n_slots > 1 else None
+    scale = [torch.rand(n) for _ in widths]
+    adapters = scale, [threshold] * n_targets, [torch.arange(7, 7 + n)] * n_targets, gates, offsets, perm, tiles
+    adapters += torch.tensor(2**32 + 11), list(range(3, 3 + n_targets)), True
+
+    def rows(width):
+        return torch.randn(T, width + 8).to(dtype)[:, :width]
+
+    return (A, B, bias, *adapters), rows(D), rows(D), [rows(O) for O in widths], [rows(O) for O in widths]
+
+
+def check_lora(compiled, dtype, bank, x, dx, dys, ys):
+    expected_ys, expected_dx = [y.clone() for y in ys], dx.clone()
+    s = compiled("lora", "lora_fwd", x, *bank, ys)
+    expected_s = reference("lora", "lora_fwd", x, *bank, expected_ys)
+    assert_close([s, *ys], [expected_s, *expected_ys], dtype)
+    several_programs(compiled, "_lora_shrink_kernel", "_lora_expand_kernel")
+    forward = compiled.launches
+    A, B, bias = bank[:3]
+    actual, expected = ([torch.full((len(dys), len(s)), torch.nan), *(torch.full_like(t, torch.nan) for t in (*A, *B, *bias))] for _ in range(2))
+    for run, (e, *grads), out in ((compiled, actual, dx), (reference, expected, expected_dx)):
+        run("lora", "lora_bwd", dys, x, expected_s, *bank, out, e, grads[: len(A)], grads[len(A) : 2 * len(A)], grads[2 * len(A) :])
+    assert_close([dx, *actual], [expected_dx, *expected], dtype)
+    several_programs(compiled, "_lora_expand_bwd_kernel", "_lora_grad_a_kernel", "_lora_bwd_finish_kernel")
+    if dtype != F32:
+        assert all(launch.instructions["tensor core"] for launch in (*forward, *compiled.launches))
 
 
 # One rank bucket compiles in half the time of several.
@@ -125,28 +150,19 @@ LORA = {
 @pytest.mark.parametrize("case", LORA)
 def test_lora(case, monkeypatch):
     arch, dtype, ranks = LORA[case]
-    compiled = Compiled(arch, monkeypatch)
-    A, B, bias, adapters, rows = lora_problem(dtype, ranks)
-    y, expected_y = rows["y"].contiguous(), rows["y"].clone()
-    s = compiled("lora", "lora_fwd", rows["x"], A, B, bias, *adapters, y)
-    expected_s = reference("lora", "lora_fwd", rows["x"], A, B, bias, *adapters, expected_y)
-    assert_close([s, y], [expected_s, expected_y], dtype)
-    several_programs(compiled, "_lora_shrink_kernel", "_lora_expand_kernel")
+    check_lora(Compiled(arch, monkeypatch), dtype, *lora_problem(dtype, ranks))
 
-    dx, expected_dx = rows["dx"].contiguous(), rows["dx"].clone()
-    backward = rows["dy"], rows["x"], expected_s, A, B, bias, *adapters
-    actual = compiled("lora", "lora_bwd", *backward, dx, True)
-    assert_close([dx, *actual], [expected_dx, *reference("lora", "lora_bwd", *backward, expected_dx, True)], dtype)
-    assert any("factor_grad" in launch.kernel and min(launch.grid[:2]) > 1 for launch in compiled.launches)
-    if dtype != F32:
-        assert all(launch.instructions["tensor core"] for launch in compiled.launches)
+
+def test_lora_of_two_targets_and_two_gated_slots(monkeypatch):
+    check_lora(Compiled(80, monkeypatch), F16, *lora_problem(F16, [5, 8, 0, 16], T=70, widths=(40, 104), n_slots=2))
 
 
 def test_factors_of_several_chunks(monkeypatch):
     """An adapter with more rows than one chunk goes through partial sums."""
     compiled = Compiled(80, monkeypatch)
-    A, B, bias, adapters, rows = lora_problem(F32, [4, 2], T=2200, D=16, O=8)
+    bank, x, _, dys, _ = lora_problem(F32, [4, 2], T=2200, D=16, widths=(8,))
     s = torch.randn(2200, 4)
-    backward = rows["dy"], rows["x"], s, A, B, bias, *adapters
-    actual = compiled("lora", "lora_bwd", *backward, None, True)
-    assert_close(actual, reference("lora", "lora_bwd", *backward, None, True), F32)
+    grads = [[torch.full_like(t, torch.nan) for t in (*bank[0], *bank[1], *bank[2])] for _ in range(2)]
+    for run, found in zip((compiled, reference), grads):
+        run("lora", "lora_bwd", dys, x, s, *bank, None, None, found[:2], found[2:4], found[4:])
+    assert_close(*grads, F32)
