@@ -28,6 +28,7 @@ STABLE_TORCH_LIBRARY(mtkernels_C, m) {
       " Tensor(a!)? dx, Tensor(b!)? e, Tensor(c!)[] dA, Tensor(d!)[] dB, Tensor(e!)[] dbias) -> ()");
   m.def("lora_base_linear(Tensor x, Tensor w, Tensor? bias) -> Tensor");
   m.def("lora_base_dx(Tensor dy, Tensor w) -> Tensor");
+  m.def("cpu_has_fast_mkl() -> bool");
   m.def("cpu_has_fast_16bit(bool fp16) -> bool");
   m.def("task_reduce_fwd(Tensor values, Tensor? coef, Tensor offsets, Tensor perm, Tensor tiles) -> Tensor");
   m.def("task_reduce_bwd(Tensor dsums, Tensor values, Tensor? coef, Tensor ids) -> (Tensor, Tensor)");
@@ -54,6 +55,7 @@ STABLE_TORCH_LIBRARY_IMPL(mtkernels_C, CPU, m) {
 
 // No tensor to dispatch on.
 STABLE_TORCH_LIBRARY_IMPL(mtkernels_C, CompositeExplicitAutograd, m) {
+  m.impl("cpu_has_fast_mkl", TORCH_BOX(&cpu::cpu_has_fast_mkl));
   m.impl("cpu_has_fast_16bit", TORCH_BOX(&cpu::cpu_has_fast_16bit));
 }
 

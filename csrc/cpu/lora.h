@@ -30,6 +30,9 @@ void lora_bwd(Tensors dys, Tensor x, Tensor s, Tensors A, Tensors B, Tensors bia
 Tensor lora_base_linear(Tensor x, Tensor w, std::optional<Tensor> bias);
 Tensor lora_base_dx(Tensor dy, Tensor w);
 
+// Whether MKL's float32 matmul runs on the vectors our kernels would use: it takes AVX-512 on Intel's processors only.
+bool cpu_has_fast_mkl();
+
 // Whether matmul in torch is fast for bfloat16 (or float16) on this CPU. False whenever MTKERNELS_CPU_ISA is set.
 bool cpu_has_fast_16bit(bool fp16);
 
