@@ -1,4 +1,4 @@
-"""lora: rows of many adapters with different ranks beside the same frozen linear layer."""
+"""lora: rows of many adapters with different ranks beside the same frozen linear layer, or beside several that share x."""
 
 from functools import partial
 
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import mtkernels as mtk
+from mtkernels import _native
 from mtkernels.testing import plain_lora
 
 from . import peers
@@ -15,83 +16,166 @@ SCALE, STEP = 2.0, 11
 MIXED = dict(T=2048, D=1024, O=1024, ranks=(4, 8, 8, 16, 16, 32, 64, 64), p=0.05)
 MANY = dict(T=4096, D=1024, O=1024, ranks=tuple(8 + 8 * (i % 8) for i in range(64)), p=0.05)
 DECODE = dict(T=32, D=1024, O=1024, ranks=(16,) * 32, p=0.0)
+# Several targets: a width and a rank each; `adapters` of them.
+QKV = dict(T=2048, D=1024, O=(1024, 256, 256), ranks=(16, 8, 8), adapters=8, p=0.05)
+EQUAL = {**QKV, "O": (1024, 1024, 1024)}
 BARS = {
-    "fp32": (Bar("cpu", "base", 1.30),),
-    "bf16": (Bar("cpu", "cpu fp32", 1.25, emulated=True), Bar("loop", "cpu", 4.0, at_least=True, emulated=True)),
+    "fp32": (Bar("cpu", "base", 1.20),),
+    "bf16": (Bar("cpu", "cpu fp32", 1.15, emulated=True), Bar("loop", "cpu", 4.0, at_least=True, emulated=True)),
 }
 ONE_THREAD = {"fp32": (Bar("loop", "cpu", 1.7, at_least=True, minima=True),)}
+GROUP = {dtype: (Bar("cpu", "one by one", 0.7, above="own base"),) for dtype in ("fp32", "bf16")}
 
 
 def cases():
     return [
         Case("lora_linear", "mixed", MIXED, "base", ("quick", "bars", "full"), bars=BARS),
         Case("lora_linear", "mixed, one thread", MIXED, "base", ("bars",), dtypes=("fp32",), threads=1, bars=ONE_THREAD),
-        Case("lora_linear", "64 adapters", MANY, "base", ("full",)),
-        Case("lora_linear", "decode", DECODE, "base", ("quick", "full"), modes=("fwd",), training=False),
+        Case("lora_linear", "mixed, no dropout", {**MIXED, "p": 0.0}, "base", ("bars", "full")),
+        Case("lora_linear", "64 adapters", MANY, "base", ("bars", "full"), bars={"fp32": (Bar("cpu", "base", 1.30),)}),
+        Case("lora_linear", "decode", DECODE, "base", ("quick", "bars", "full"), bars={"fp32": (Bar("cpu", "base", 2.5),)}),
+        Case("lora_linear_group", "qkv", QKV, "base", ("quick", "bars", "full"), bars=GROUP),
+        Case("lora_linear_group", "qkv, equal widths", EQUAL, "base", ("bars", "full")),
         Case("lora_delta", "mixed", MIXED, "loop", ("full",)),
     ]
 
 
+def _targets(shape):
+    """(width, rank of every adapter) of each target."""
+    if isinstance(shape["O"], int):
+        return [(shape["O"], shape["ranks"])]
+    return [(O, (rank,) * shape["adapters"]) for O, rank in zip(shape["O"], shape["ranks"])]
+
+
+def _n_adapters(shape):
+    return shape.get("adapters", len(shape["ranks"]))
+
+
 def inputs(case, device):
-    draw, s = Draw(case, device), case.shape
+    draw, s, fixed = Draw(case, device), case.shape, {}
     leaves = {"x": draw.leaf(s["T"], s["D"])}
-    for i, r in enumerate(s["ranks"]):
-        leaves[f"A{i}"], leaves[f"B{i}"] = draw.leaf(r, s["D"], std=s["D"] ** -0.5), draw.leaf(s["O"], r, std=r**-0.5)
-    fixed = {"weight": draw.normal(s["O"], s["D"], std=s["D"] ** -0.5), "ids": draw.ints(len(s["ranks"]), s["T"])}
-    return Problem(case, leaves, fixed, draw.normal(s["T"], s["O"]), ("x",), case.training)
+    for g, (O, ranks) in enumerate(_targets(s)):
+        for i, r in enumerate(ranks):
+            leaves[f"A{g}.{i}"], leaves[f"B{g}.{i}"] = draw.leaf(r, s["D"], std=s["D"] ** -0.5), draw.leaf(O, r, std=r**-0.5)
+        fixed[f"weight {g}"] = draw.normal(O, s["D"], std=s["D"] ** -0.5)
+    fixed["ids"] = draw.ints(_n_adapters(s), s["T"])
+    upstream = tuple(draw.normal(s["T"], O) for O, _ in _targets(s))
+    return Problem(case, leaves, fixed, upstream if _group(case) else upstream[0], ("x",), case.training)
 
 
 def cost(case, mode):
     s, width = case.shape, DTYPES[case.dtype].itemsize
-    base = 2 * s["T"] * s["D"] * s["O"] * (case.op == "lora_linear")
-    lora = 2 * s["T"] * sum(s["ranks"]) / len(s["ranks"]) * (s["D"] + s["O"])
-    rows, factors = s["T"] * (s["D"] + s["O"]), (s["D"] + s["O"]) * sum(s["ranks"]) + s["D"] * s["O"]
+    base = lora = outs = factors = 0
+    for O, ranks in _targets(s):
+        base += 2 * s["T"] * s["D"] * O * (case.op != "lora_delta")
+        lora += 2 * s["T"] * sum(ranks) / len(ranks) * (s["D"] + O)
+        outs += s["T"] * O
+        factors += (s["D"] + O) * sum(ranks) + s["D"] * O
+    rows = s["T"] * s["D"] + outs
     forward, backward = rows + factors, 2 * rows + 2 * factors
     n_bytes, flops = {"fwd": (forward, base + lora), "bwd": (backward, base + 2 * lora), "full": (forward + backward, 2 * base + 3 * lora)}[mode]
     return n_bytes * width, flops
 
 
 def saved_limit(case):
-    return case.shape["T"] * (case.shape["D"] + max(case.shape["ranks"])) * DTYPES[case.dtype].itemsize
+    return case.shape["T"] * (case.shape["D"] + sum(max(ranks) for _, ranks in _targets(case.shape))) * DTYPES[case.dtype].itemsize
 
 
-def _factors(problem):
-    n = len(problem.case.shape["ranks"])
-    return [problem.leaves[f"A{i}"] for i in range(n)], [problem.leaves[f"B{i}"] for i in range(n)]
+def peak_limit(case):
+    """Outputs, gradients and rank space (S, and dS in parts, float32), but no float32 copy of x, W or y beside them."""
+    s, targets = case.shape, _targets(case.shape)
+    results = s["T"] * (s["D"] + sum(O for O, _ in targets)) + sum((s["D"] + O) * sum(ranks) for O, ranks in targets)
+    rank_space = 8 * s["T"] * sum(max(ranks) + 32 for _, ranks in targets)
+    copies = [s["T"] * s["D"], *(n * O for O, _ in targets for n in (s["T"], s["D"]))]
+    return results * DTYPES[case.dtype].itemsize + 4 * (rank_space + min(copies) // 2)
 
 
-def _bank(problem):
-    A, B = _factors(problem)
-    return mtk.LoraBank.from_factors(A, B, SCALE, dropout=problem.case.shape["p"], seeds=list(range(len(A))))
+def _weights(problem):
+    return [t for name, t in problem.fixed.items() if name.startswith("weight")]
+
+
+def _factors(problem, g=0):
+    n = _n_adapters(problem.case.shape)
+    return [problem.leaves[f"A{g}.{i}"] for i in range(n)], [problem.leaves[f"B{g}.{i}"] for i in range(n)]
+
+
+def _banks(problem):
+    made = []
+    for g in range(len(_weights(problem))):
+        A, B = _factors(problem, g)
+        made.append(mtk.LoraBank.from_factors(A, B, SCALE, dropout=problem.case.shape["p"], seeds=list(range(len(A)))))
+    return made
 
 
 def _base(problem):
+    x = problem.leaves["x"]
     if problem.case.op == "lora_delta":
-        return problem.leaves["x"].new_zeros(problem.case.shape["T"], problem.case.shape["O"])
-    return F.linear(problem.leaves["x"], problem.fixed["weight"])
+        return x.new_zeros(problem.case.shape["T"], problem.case.shape["O"])
+    ys = tuple(F.linear(x, weight) for weight in _weights(problem))
+    return ys if _group(problem.case) else ys[0]
+
+
+class _OwnLinear(torch.autograd.Function):
+    """x W^T by the kernel lora_linear takes for it on this CPU."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.weight, ctx.own = weight, _native.available() and x.device.type == "cpu" and not _native.fast_matmul(x.dtype)
+        return _native.ops().lora_base_linear(x, weight, None) if ctx.own else F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return _native.ops().lora_base_dx(dy, ctx.weight) if ctx.own else dy @ ctx.weight, None
+
+
+def _own_base(problem):
+    return problem.call(lambda: tuple(_OwnLinear.apply(problem.leaves["x"], w) for w in _weights(problem)), {"x": problem.leaves["x"]})
 
 
 def _plan(problem):
-    return mtk.group_plan(problem.fixed["ids"], len(problem.case.shape["ranks"]), step=STEP)
+    return mtk.group_plan(problem.fixed["ids"], _n_adapters(problem.case.shape), step=STEP)
 
 
 def run(problem, backend):
-    bank, x, weight = _bank(problem), problem.leaves["x"], problem.fixed["weight"]
+    banks, x, weights = _banks(problem), problem.leaves["x"], _weights(problem)
     plan, options = _plan(problem), dict(training=problem.training, backend=backend)
 
     def fn():
         if problem.case.op == "lora_delta":
-            return mtk.lora_delta(x, bank, plan, **options)
-        return mtk.lora_linear(x, weight, None, bank, plan, **options)
+            return mtk.lora_delta(x, banks[0], plan, **options)
+        if _group(problem.case):
+            return mtk.lora_linear_group(x, weights, None, banks, plan, **options)
+        return mtk.lora_linear(x, weights[0], None, banks[0], plan, **options)
 
-    return problem.call(fn, given=(*plan.tensors(), *bank.tensors()))
+    return problem.call(fn, given=(*plan.tensors(), *(t for bank in banks for t in bank.tensors())))
+
+
+def _one_by_one(problem):
+    banks, x, weights, plan = _banks(problem), problem.leaves["x"], _weights(problem), _plan(problem)
+    options = dict(training=problem.training, backend="cpu")
+    return problem.call(lambda: tuple(mtk.lora_linear(x, w, None, bank, plan, site=g, **options) for g, (w, bank) in enumerate(zip(weights, banks))))
 
 
 def plain(problem):
-    bank, x, ids = _bank(problem), problem.leaves["x"], problem.fixed["ids"]
+    banks, x, ids = _banks(problem), problem.leaves["x"], problem.fixed["ids"]
     if not problem.training:
-        bank.threshold = torch.zeros_like(bank.threshold)
-    return problem.call(lambda: plain_lora(x, _base(problem), bank, ids, STEP, 0))
+        for bank in banks:
+            bank.threshold = torch.zeros_like(bank.threshold)
+
+    def fn():
+        if not _group(problem.case):
+            return plain_lora(x, _base(problem), banks[0], ids, STEP, 0)
+        return tuple(plain_lora(x, y, bank, ids, STEP, g) for g, (y, bank) in enumerate(zip(_base(problem), banks)))
+
+    return problem.call(fn)
+
+
+def _group(case):
+    return case.op == "lora_linear_group"
+
+
+def _alone(case):
+    return not _group(case)
 
 
 def _linear(case):
@@ -99,11 +183,13 @@ def _linear(case):
 
 
 PROVIDERS = (
-    Provider("base", lambda p: p.call(partial(_base, p), {"x": p.leaves["x"]}), "part", applies=_linear),
+    Provider("base", lambda p: p.call(partial(_base, p), {"x": p.leaves["x"]}), "part", applies=lambda case: case.op != "lora_delta"),
+    Provider("own base", _own_base, "part", applies=_group),
     *ours(run),
-    Provider("cpu fp32", lambda p: run(p.to(torch.float32), "cpu"), "part", slow=True, applies=lambda case: "bf16" in case.bars and case.dtype != "fp32"),
+    Provider("one by one", _one_by_one, "part", applies=lambda case: _group(case) and _native.available()),
+    Provider("cpu fp32", lambda p: run(p.to(torch.float32), "cpu"), "part", slow=True, applies=lambda case: _linear(case) and "bf16" in case.bars and case.dtype != "fp32"),
     Provider("plan", lambda p: p.call(partial(_plan, p), {}), "part"),
-    Provider("loop", lambda p: peers.lora_loop(p, partial(_base, p), *_factors(p), SCALE)),
-    Provider("padded", lambda p: peers.lora_padded(p, partial(_base, p), *_factors(p), SCALE, _plan(p))),
+    Provider("loop", lambda p: peers.lora_loop(p, partial(_base, p), *_factors(p), SCALE), applies=_alone),
+    Provider("padded", lambda p: peers.lora_padded(p, partial(_base, p), *_factors(p), SCALE, _plan(p)), applies=_alone),
     Provider("peft", lambda p: peers.lora_peft(p, *_factors(p), SCALE), applies=_linear),
 )

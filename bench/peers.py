@@ -83,12 +83,12 @@ def lora_peft(problem, A, B, scale):
         rank, options = a.shape[0], dict(adapter_name=f"a{i}", autocast_adapter_dtype=False)
         config = peft.LoraConfig(r=rank, lora_alpha=scale * rank, lora_dropout=problem.case.shape["p"], target_modules=["linear"])
         if model is None:
-            model = peft.get_peft_model(_OneLinear(problem.fixed["weight"]), config, **options)
+            model = peft.get_peft_model(_OneLinear(problem.fixed["weight 0"]), config, **options)
         else:
             model.add_adapter(peft_config=config, **options)
         layer = model.base_model.model.linear
-        leaves[f"A{i}"] = layer.lora_A[f"a{i}"].weight = torch.nn.Parameter(a.detach())
-        leaves[f"B{i}"] = layer.lora_B[f"a{i}"].weight = torch.nn.Parameter(b.detach())
+        leaves[f"A0.{i}"] = layer.lora_A[f"a{i}"].weight = torch.nn.Parameter(a.detach())
+        leaves[f"B0.{i}"] = layer.lora_B[f"a{i}"].weight = torch.nn.Parameter(b.detach())
     model.train(problem.training)
     names = [f"a{i}" for i in problem.fixed["ids"].tolist()]
     try:

@@ -28,7 +28,7 @@ class Unavailable(Exception):
 class Bar:
     """A speed to reach in mode "full": time of `row` over time of `base`, at most (or at least) `limit`.
 
-    minima: compare the fastest rounds instead of the median of per-round ratios. emulated: set for CPUs without bf16
+    above: a provider whose time is taken off both first. minima: compare the fastest rounds instead of the median of per-round ratios. emulated: set for CPUs without bf16
     instructions.
     """
 
@@ -38,9 +38,14 @@ class Bar:
     at_least: bool = False
     minima: bool = False
     emulated: bool = False
+    above: str = ""
 
     def __str__(self):
-        return f"{self.row} {'>=' if self.at_least else '<='} {self.limit:.2f} x {self.base}"
+        row, base = (f"({name} - {self.above})" if self.above else name for name in (self.row, self.base))
+        return f"{row} {'>=' if self.at_least else '<='} {self.limit:.2f} x {base}"
+
+    def providers(self):
+        return (self.row, self.base, *([self.above] if self.above else []))
 
 
 @dataclass(frozen=True)
@@ -65,11 +70,11 @@ class Case:
 
 @dataclass
 class Call:
-    """fn() computes the output; leaves are differentiated against `upstream`; given: further tensors it received."""
+    """fn() computes the output or a tuple of them; leaves are differentiated against `upstream`; given: further tensors it received."""
 
     fn: Callable
     leaves: dict = field(default_factory=dict)
-    upstream: torch.Tensor | None = None
+    upstream: torch.Tensor | tuple | None = None
     given: tuple = ()
 
     def forward(self):
@@ -93,7 +98,8 @@ class Call:
 
     def results(self):
         out, grads = self.step()
-        return {"out": out.detach(), **dict(zip(self.leaves, grads))}
+        outs = {f"out {i}": t for i, t in enumerate(out)} if isinstance(out, tuple) else {"out": out}
+        return {**{name: t.detach() for name, t in outs.items()}, **dict(zip(self.leaves, grads))}
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ class Problem:
     case: Case
     leaves: dict
     fixed: dict
-    upstream: torch.Tensor | None = None
+    upstream: torch.Tensor | tuple | None = None
     activations: tuple = ()
     training: bool = True
 
@@ -111,11 +117,13 @@ class Problem:
         """The same values in another floating-point dtype."""
 
         def cast(t):
+            if t is None or isinstance(t, tuple):
+                return t and tuple(map(cast, t))
             return t.detach().to(dtype) if t.is_floating_point() else t
 
         leaves = {name: cast(t).requires_grad_(t.requires_grad) for name, t in self.leaves.items()}
         fixed = {name: cast(t) for name, t in self.fixed.items()}
-        return replace(self, leaves=leaves, fixed=fixed, upstream=None if self.upstream is None else cast(self.upstream))
+        return replace(self, leaves=leaves, fixed=fixed, upstream=cast(self.upstream))
 
     def without_dropout(self):
         return replace(self, training=False)

@@ -112,13 +112,17 @@ class CaseRun:
             if self.options.preset == "bars" and provider.kind == "ours":
                 limit, total = self.suite.saved_limit(self.case), saved["activations"] + saved["made"]
                 self._verdict(f"{name} saves <= {limit / 2**20:.2f} MiB for backward", total / 2**20, total <= limit)
+                limit = getattr(self.suite, "peak_limit", lambda case: None)(self.case)
+                if limit:
+                    peak = kept[name]["peak_extra_bytes"]
+                    self._verdict(f"{name} holds <= {limit / 2**20:.2f} MiB at a time", peak / 2**20, peak <= limit)
         return kept
 
     def _time(self, mode, kept):
         self.progress.step(f"{self.case}: timing {mode}")
         judged = self.case.bars.get(self.case.dtype, ()) if self.options.preset == "bars" and mode == "full" else ()
         runs = {name: call.runner(mode) for name, (_, call) in self.calls.items()}
-        always = {self.case.baseline, *(b.row for b in judged), *(b.base for b in judged)}
+        always = {self.case.baseline, *(name for bar in judged for name in bar.providers())}
         samples = timing.interleave(runs, timing.EFFORT[self.options.preset], self.options.device, always)
         base = samples.get(self.case.baseline)
         n_bytes, flops = self.suite.cost(self.case, mode)
@@ -142,10 +146,10 @@ class CaseRun:
             self._judge(bar, samples)
 
     def _judge(self, bar, samples):
-        missing = [name for name in (bar.row, bar.base) if name not in samples]
+        missing = [name for name in bar.providers() if name not in samples]
         if missing:
             return self._verdict(str(bar), None, None, reason=f"{missing[0]} did not run")
-        typical, fastest = (timing.ratio(samples[bar.row], samples[bar.base], minima) for minima in (False, True))
+        typical, fastest = (timing.ratio(samples[bar.row], samples[bar.base], minima, samples.get(bar.above)) for minima in (False, True))
         value = fastest if bar.minima else typical
         met, reason = (value >= bar.limit if bar.at_least else value <= bar.limit), ""
         if bar.emulated and environment.native_bf16():

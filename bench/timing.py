@@ -118,9 +118,10 @@ def summarize(samples):
     return {"median": median(taken), "p20": cuts[0], "p80": cuts[3], "min": min(taken), "rounds": len(taken)}
 
 
-def ratio(samples, base, minima=False):
-    """Median over shared rounds of samples / base, or the ratio of the fastest ones."""
-    pairs = [(s, b) for s, b in zip(samples, base) if s is not None and b is not None]
+def ratio(samples, base, minima=False, floor=None):
+    """Median over shared rounds of samples / base, or the ratio of the fastest ones; `floor` is taken off both first."""
+    triples = [(s, b, f) for s, b, f in zip(samples, base, floor or [0.0] * len(samples)) if None not in (s, b, f)]
     if minima:
-        return min(s for s, _ in pairs) / min(b for _, b in pairs)
-    return median(s / b for s, b in pairs)
+        s, b, f = map(min, zip(*triples))
+        return (s - f) / (b - f)
+    return median((s - f) / (b - f) for s, b, f in triples)

@@ -8,14 +8,27 @@ using namespace mtk;
 STABLE_TORCH_LIBRARY(mtkernels_C, m) {
   m.def("group_plan(Tensor ids, int n_groups) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "lora_fwd(Tensor x, Tensor[] A, Tensor[] B, Tensor[] bias, Tensor scale, Tensor threshold, Tensor seeds,"
-      " Tensor offsets, Tensor perm, Tensor tiles, Tensor step, int site, bool dropout, Tensor(a!) y) -> Tensor");
+      "lora_shrink_fwd(Tensor x, Tensor[] A, Tensor[] threshold, Tensor[] seeds, Tensor offsets, Tensor perm, Tensor tiles, Tensor step,"
+      " int[] sites, bool dropout) -> Tensor");
   m.def(
-      "lora_bwd(Tensor dy, Tensor x, Tensor s, Tensor[] A, Tensor[] B, Tensor[] bias, Tensor scale, Tensor threshold,"
-      " Tensor seeds, Tensor offsets, Tensor perm, Tensor tiles, Tensor step, int site, bool dropout, Tensor(a!)? dx,"
-      " bool need_factors) -> Tensor[]");
+      "lora_shrink_bwd(Tensor ds, Tensor x, Tensor[] A, Tensor[] threshold, Tensor[] seeds, Tensor offsets, Tensor perm, Tensor tiles,"
+      " Tensor step, int[] sites, bool dropout, Tensor(a!)? dx, Tensor(b!)[] dA) -> ()");
+  m.def(
+      "lora_expand_fwd(Tensor s, Tensor[] B, Tensor[] bias, Tensor[] scale, Tensor? gates, Tensor offsets, Tensor perm, Tensor tiles,"
+      " Tensor(a!)[] ys) -> ()");
+  m.def(
+      "lora_expand_bwd(Tensor[] dys, Tensor s, Tensor[] B, Tensor[] bias, Tensor[] scale, Tensor? gates, Tensor offsets, Tensor perm,"
+      " Tensor tiles, Tensor(a!) ds, Tensor(b!)? e, Tensor(c!)[] dB, Tensor(d!)[] dbias) -> ()");
+  m.def(
+      "lora_fwd(Tensor x, Tensor[] A, Tensor[] B, Tensor[] bias, Tensor[] scale, Tensor[] threshold, Tensor[] seeds, Tensor? gates,"
+      " Tensor offsets, Tensor perm, Tensor tiles, Tensor step, int[] sites, bool dropout, Tensor(a!)[] ys) -> Tensor");
+  m.def(
+      "lora_bwd(Tensor[] dys, Tensor x, Tensor s, Tensor[] A, Tensor[] B, Tensor[] bias, Tensor[] scale, Tensor[] threshold,"
+      " Tensor[] seeds, Tensor? gates, Tensor offsets, Tensor perm, Tensor tiles, Tensor step, int[] sites, bool dropout,"
+      " Tensor(a!)? dx, Tensor(b!)? e, Tensor(c!)[] dA, Tensor(d!)[] dB, Tensor(e!)[] dbias) -> ()");
   m.def("lora_base_linear(Tensor x, Tensor w, Tensor? bias) -> Tensor");
   m.def("lora_base_dx(Tensor dy, Tensor w) -> Tensor");
+  m.def("cpu_has_fast_mkl() -> bool");
   m.def("cpu_has_fast_16bit(bool fp16) -> bool");
   m.def("task_reduce_fwd(Tensor values, Tensor? coef, Tensor offsets, Tensor perm, Tensor tiles) -> Tensor");
   m.def("task_reduce_bwd(Tensor dsums, Tensor values, Tensor? coef, Tensor ids) -> (Tensor, Tensor)");
@@ -26,6 +39,10 @@ STABLE_TORCH_LIBRARY(mtkernels_C, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(mtkernels_C, CPU, m) {
   m.impl("group_plan", TORCH_BOX(&cpu::group_plan));
+  m.impl("lora_shrink_fwd", TORCH_BOX(&cpu::lora_shrink_fwd));
+  m.impl("lora_shrink_bwd", TORCH_BOX(&cpu::lora_shrink_bwd));
+  m.impl("lora_expand_fwd", TORCH_BOX(&cpu::lora_expand_fwd));
+  m.impl("lora_expand_bwd", TORCH_BOX(&cpu::lora_expand_bwd));
   m.impl("lora_fwd", TORCH_BOX(&cpu::lora_fwd));
   m.impl("lora_bwd", TORCH_BOX(&cpu::lora_bwd));
   m.impl("lora_base_linear", TORCH_BOX(&cpu::lora_base_linear));
@@ -38,6 +55,7 @@ STABLE_TORCH_LIBRARY_IMPL(mtkernels_C, CPU, m) {
 
 // No tensor to dispatch on.
 STABLE_TORCH_LIBRARY_IMPL(mtkernels_C, CompositeExplicitAutograd, m) {
+  m.impl("cpu_has_fast_mkl", TORCH_BOX(&cpu::cpu_has_fast_mkl));
   m.impl("cpu_has_fast_16bit", TORCH_BOX(&cpu::cpu_has_fast_16bit));
 }
 

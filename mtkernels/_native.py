@@ -53,9 +53,11 @@ def cuda_built():
 
 
 @lru_cache(maxsize=None)
-def fast_16bit(dtype):
-    """Whether this CPU multiplies matrices of `dtype` (bfloat16 or float16) at full speed; False without the kernels."""
-    return has_op("lora_fwd") and ops().cpu_has_fast_16bit(dtype == torch.float16)
+def fast_matmul(dtype):
+    """Whether torch multiplies float32, bfloat16 or float16 matrices at this CPU's full speed. Asks the compiled kernels."""
+    if dtype == torch.float32:
+        return not torch.backends.mkl.is_available() or ops().cpu_has_fast_mkl()
+    return dtype in (torch.bfloat16, torch.float16) and ops().cpu_has_fast_16bit(dtype == torch.float16)
 
 
 @lru_cache(maxsize=None)

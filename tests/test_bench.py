@@ -19,6 +19,8 @@ from mtkernels.ops import STEMS
 TINY = {
     "group_plan": dict(T=50, G=4),
     "lora": dict(T=24, D=16, O=12, ranks=(1, 3, 4), p=0.25),
+    "lora_shrink": dict(T=24, D=16, ranks=(1, 3, 4), p=0.25),
+    "lora_expand": dict(T=24, O=12, ranks=(1, 3, 4), K=2),
     "task_reduce": dict(T=40, J=3),
     "task_cross_entropy": dict(T=20, V=11, J=3),
 }
@@ -163,7 +165,19 @@ def test_saved_and_peak_bytes():
 def test_samples_are_paired_by_round():
     assert timing.ratio([2.0, None, 6.0], [1.0, 5.0, 2.0]) == 2.5
     assert timing.ratio([2.0, None, 6.0], [1.0, 5.0, 2.0], minima=True) == 2.0
+    assert timing.ratio([3.0, 4.0], [5.0, 9.0], floor=[1.0, 1.0]) == (0.5 + 0.375) / 2
     assert timing.summarize([1e6, None])["rounds"] == 1
+
+
+def test_a_case_of_several_outputs(tiny, monkeypatch, capsys):
+    """Each output is checked, and a bar may be about the time above a part."""
+    suite = suites()["lora"]
+    shape = dict(T=24, D=16, O=(12, 5), ranks=(3, 2), adapters=3, p=0.25)
+    bar = replace(suite.GROUP["fp32"][0], row="reference", base="reference", limit=2.0)
+    case = replace(suite.cases()[0], op="lora_linear_group", shape=shape, bars={"fp32": (bar,)})
+    monkeypatch.setattr(suite, "cases", lambda: [case])
+    assert run("lora", "--bars", "--dtype", "fp32", "--backend", "reference", "--peer", "loop") == 0
+    assert "(reference - own base) <= 2.00 x (reference - own base): 1.00" in capsys.readouterr().out
 
 
 def test_bf16_counts_as_native_only_where_torch_may_use_it(monkeypatch):

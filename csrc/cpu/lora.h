@@ -1,26 +1,37 @@
+// LoRA entry points; arguments and formulas as in mtkernels/reference. Lists of factors run target by target.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
-#include <vector>
+#include "lora_call.h"
 
 namespace mtk::cpu {
 
-using torch::stable::Tensor;
+// S [positions, sum of the targets' largest ranks].
+Tensor lora_shrink_fwd(Tensor x, Tensors A, Tensors threshold, Tensors seeds, Tensor offsets, Tensor perm, Tensor tiles, Tensor step,
+                       Ints sites, bool dropout);
+// Adds to dx, if given; writes every dA that is not empty.
+void lora_shrink_bwd(Tensor ds, Tensor x, Tensors A, Tensors threshold, Tensors seeds, Tensor offsets, Tensor perm, Tensor tiles,
+                     Tensor step, Ints sites, bool dropout, OptionalTensor dx, Tensors dA);
 
-// Adds every adapter's part to y in place; returns s [T, Rmax].
-Tensor lora_fwd(Tensor x, std::vector<Tensor> A, std::vector<Tensor> B, std::vector<Tensor> bias, Tensor scale, Tensor threshold,
-                Tensor seeds, Tensor offsets, Tensor perm, Tensor tiles, Tensor step, int64_t site, bool dropout, Tensor y);
+// Adds to ys.
+void lora_expand_fwd(Tensor s, Tensors B, Tensors bias, Tensors scale, OptionalTensor gates, Tensor offsets, Tensor perm, Tensor tiles,
+                     Tensors ys);
+// Writes ds, e if given, and every dB and dbias that is not empty.
+void lora_expand_bwd(Tensors dys, Tensor s, Tensors B, Tensors bias, Tensors scale, OptionalTensor gates, Tensor offsets, Tensor perm,
+                     Tensor tiles, Tensor ds, OptionalTensor e, Tensors dB, Tensors dbias);
 
-// Adds the adapters' part to dx in place, if given; returns [dA..., dB..., dbias...], or nothing without need_factors.
-std::vector<Tensor> lora_bwd(Tensor dy, Tensor x, Tensor s, std::vector<Tensor> A, std::vector<Tensor> B, std::vector<Tensor> bias,
-                             Tensor scale, Tensor threshold, Tensor seeds, Tensor offsets, Tensor perm, Tensor tiles, Tensor step,
-                             int64_t site, bool dropout, std::optional<Tensor> dx, bool need_factors);
+// Both halves. The backward keeps dS in float32 and reads x only for a dA that is wanted.
+Tensor lora_fwd(Tensor x, Tensors A, Tensors B, Tensors bias, Tensors scale, Tensors threshold, Tensors seeds, OptionalTensor gates,
+                Tensor offsets, Tensor perm, Tensor tiles, Tensor step, Ints sites, bool dropout, Tensors ys);
+void lora_bwd(Tensors dys, Tensor x, Tensor s, Tensors A, Tensors B, Tensors bias, Tensors scale, Tensors threshold, Tensors seeds,
+              OptionalTensor gates, Tensor offsets, Tensor perm, Tensor tiles, Tensor step, Ints sites, bool dropout, OptionalTensor dx,
+              OptionalTensor e, Tensors dA, Tensors dB, Tensors dbias);
 
-// The frozen layer for 16-bit types where the CPU cannot multiply them: x w^T + bias, and dy w.
+// The shared frozen layer in a fixed order of operations, float32 or 16-bit: x w^T + bias, and dy w.
 Tensor lora_base_linear(Tensor x, Tensor w, std::optional<Tensor> bias);
 Tensor lora_base_dx(Tensor dy, Tensor w);
+
+// Whether MKL's float32 matmul runs on the vectors our kernels would use: it takes AVX-512 on Intel's processors only.
+bool cpu_has_fast_mkl();
 
 // Whether matmul in torch is fast for bfloat16 (or float16) on this CPU. False whenever MTKERNELS_CPU_ISA is set.
 bool cpu_has_fast_16bit(bool fp16);

@@ -15,8 +15,7 @@
 namespace mtk::cpu {
 
 extern const LoraKernels lora_avx2;
-const LoraKernels lora_avx2 = {avx2::kWidth, avx2::lora_scratch, avx2::forward,  avx2::backward_dy, avx2::backward_x,
-                             avx2::reduce_A,     avx2::reduce_B, avx2::base_scratch, avx2::base};
+const LoraKernels lora_avx2 = MTK_LORA_KERNELS(avx2);
 
 }  // namespace mtk::cpu
 

@@ -15,8 +15,7 @@
 namespace mtk::cpu {
 
 extern const LoraKernels lora_avx512;
-const LoraKernels lora_avx512 = {avx512::kWidth, avx512::lora_scratch, avx512::forward,  avx512::backward_dy, avx512::backward_x,
-                             avx512::reduce_A,     avx512::reduce_B, avx512::base_scratch, avx512::base};
+const LoraKernels lora_avx512 = MTK_LORA_KERNELS(avx512);
 
 }  // namespace mtk::cpu
 

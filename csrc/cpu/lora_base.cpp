@@ -65,6 +65,14 @@ Tensor lora_base_linear(Tensor x, Tensor w, std::optional<Tensor> bias) { return
 
 Tensor lora_base_dx(Tensor dy, Tensor w) { return base_matmul("dy", dy, w, std::nullopt, false); }
 
+bool cpu_has_fast_mkl() {
+#ifdef MTK_X86_KERNELS
+  return isa() != Isa::avx512 || __builtin_cpu_is("intel");
+#else
+  return true;
+#endif
+}
+
 bool cpu_has_fast_16bit(bool fp16) {
   static const bool fast[2] = {detect_fast_16bit(false), detect_fast_16bit(true)};
   return fast[fp16];

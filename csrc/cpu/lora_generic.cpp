@@ -3,7 +3,6 @@
 namespace mtk::cpu {
 
 extern const LoraKernels lora_generic;
-const LoraKernels lora_generic = {generic::kWidth, generic::lora_scratch, generic::forward,  generic::backward_dy, generic::backward_x,
-                             generic::reduce_A,     generic::reduce_B, generic::base_scratch, generic::base};
+const LoraKernels lora_generic = MTK_LORA_KERNELS(generic);
 
 }  // namespace mtk::cpu

@@ -1,4 +1,4 @@
-// What one call of the LoRA kernels works on, and the work items it is cut into. Plain data: shared by the driver and every ISA's kernels.
+// What one call of the LoRA kernels works on, and the work items it is cut into. Plain data: shared by the drivers and every ISA's kernels.
 #pragma once
 
 #include "../common/element.h"
@@ -17,45 +17,67 @@ struct RowMatrix {
   int64_t stride;
 };
 
+struct Factor {
+  void* data;  // null: absent, or a gradient nobody wants
+  int64_t row_stride, col_stride;
+};
+
+// The positions of one adapter in sorted order; position p lies in row p / slots.
+struct LoraGroup {
+  const int32_t* positions;
+  int64_t n;
+};
+
+// One adapter of one target.
 struct LoraAdapter {
-  const void *A, *B, *bias;  // [rank, D], [O, rank], [O] or null
   int64_t rank;
+  Factor A, B;       // [rank, D] with unit column stride, [O, rank] with any
+  const void* bias;  // [O] or null
   float scale;
   float keep_factor;   // 65536 / (65536 - threshold); 1 without dropout
   uint32_t threshold;  // 0: no dropout
   uint64_t seed;
-  int64_t first_row;  // position of its first row in sorted order
-  int64_t n_rows;
-  const int32_t* rows;  // rows[n_rows] of x and y
-  void *dA, *dB, *dbias;
-  float *partial_A, *partial_B;  // [groups, rank, D] and [groups, ranks(), O] when the adapter has several row groups
-  float* dS;                     // [planes, n_rows, lanes]: sums over one plane's columns of dy, as dot_block leaves them
+  Factor dA, dB;
+  void* dbias;
+  float *partial_A, *partial_B;  // [row groups, rank, D] and [row groups, ranks(), O] when the adapter has several row groups
+  float* d;                      // [planes, n, d_stride(rank)]: dy B over one plane's columns of dy, as dot_block leaves it
+  bool needs_d;
 
   int64_t ranks() const { return rank + (bias != nullptr); }  // the bias rides along as one more rank whose S is 1
 };
 
-struct LoraCall {
-  int64_t D, O;
-  Element x_type, factor_type, s_type;
-  RowMatrix x, y, dy, dx, s;  // dx.data may be null
-  int64_t s_cols;
-  uint32_t site, step;
-  bool need_factors;
-  int64_t plane_cols, planes;  // of dy, for dS
+struct LoraTarget {
+  const LoraAdapter* adapters;
+  int64_t O;
+  RowMatrix y;            // or dy
+  int64_t s_col, s_cols;  // its columns of s and ds
+  uint32_t site;
+  float* e;                    // [positions], or null
+  int64_t planes, plane_cols;  // of dy, for d
 };
 
-// Rows [row0, row1) of one adapter, counted from its first, against columns [col0, col1).
+struct LoraCall {
+  int64_t D, slots, n_groups, n_targets;
+  const LoraGroup* groups;
+  const LoraTarget* targets;
+  Element x_type, y_type, factor_type, grad_type, s_type, ds_type;  // dx has the type of x, dy that of y
+  RowMatrix x, dx, s, ds;                                           // dx.data may be null
+  const float* gates;                                               // [positions], or null
+  uint32_t step;
+};
+
+// Positions [row0, row1) of one adapter, counted from its first, against columns [col0, col1) of one target, or of all targets' x.
 struct LoraItem {
-  const LoraAdapter* adapter;
+  int64_t group, target;
   int64_t row0, row1, col0, col1;
-  int64_t group;
+  int64_t row_group;
 };
 
 // Rows of a forward item at most: its rank-space data stays in cache.
 constexpr int64_t kForwardRows = 256;
 // Rows whose gradient is summed in one go: fixed, because it fixes the order of the sum.
 constexpr int64_t kGroupRows = 1024;
-// Columns that items and planes of dS are aligned to.
+// Columns that items and planes of d are aligned to.
 constexpr int64_t kItemCols = 256;
 
 struct BaseCall {
@@ -69,16 +91,18 @@ struct BaseCall {
 constexpr int64_t kBaseRows = 360;
 constexpr int64_t kBaseCols = 256;
 
+using LoraKernel = void (*)(const LoraCall&, const LoraItem&, float* scratch);
+
 struct LoraKernels {
-  int64_t lanes;  // a rank takes this many floats of dS, rounded up
-  // Floats of scratch any item needs.
-  int64_t (*scratch)(int64_t rank, int64_t rows);
-  void (*forward)(const LoraCall&, const LoraItem&, float* scratch);
-  void (*backward_dy)(const LoraCall&, const LoraItem&, float* scratch);
-  void (*backward_x)(const LoraCall&, const LoraItem&, float* scratch);
+  // Floats of one row of d.
+  int64_t (*d_stride)(int64_t rank);
+  // Floats of scratch any item needs; ranks: the largest sum over targets of an adapter's ranks().
+  int64_t (*scratch)(int64_t ranks, int64_t targets);
+  LoraKernel shrink, expand;
+  // d and the gradients of B and bias; then ds and e; then the gradients of A and x.
+  LoraKernel backward_y, finish_d, backward_x;
   // Sum an adapter's partial gradients over its row groups.
-  void (*reduce_A)(const LoraCall&, const LoraItem&, float* scratch);
-  void (*reduce_B)(const LoraCall&, const LoraItem&, float* scratch);
+  LoraKernel reduce_A, reduce_B;
   int64_t (*base_scratch)();
   void (*base)(const BaseCall&, int64_t row0, int64_t row1, int64_t col0, int64_t col1, float* scratch);
 };

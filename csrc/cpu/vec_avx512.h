@@ -94,44 +94,50 @@ MTK_INLINE void vtranspose(vf (&r)[16]) {
   }
 }
 
-MTK_INLINE void mul_wide(__m512i a, __m512i b, __m512i& hi, __m512i& lo) {
-  const __m512i even = _mm512_mul_epu32(a, b), odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), b);
-  hi = _mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
-  lo = _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
-}
-
 constexpr int kKeepBytes = 16;
 
-// Keep bits of 128 columns from column block `block`. threshold < 65536.
+// Keep bits of 128 columns from column block `block`. threshold < 65536. Counters sit in the low halves of 64-bit lanes, where a product
+// leaves both its words; of the first two rounds only the words that depend on the column are vectors.
 MTK_INLINE void dropout_keep(const DropoutKey& key, uint32_t block, uint32_t threshold, uint8_t* bits) {
-  const __m512i m0 = _mm512_set1_epi32(static_cast<int>(kPhiloxMul0)), m1 = _mm512_set1_epi32(static_cast<int>(kPhiloxMul1));
+  const __m512i m0 = _mm512_set1_epi64(kPhiloxMul0), m1 = _mm512_set1_epi64(kPhiloxMul1), limit = _mm512_set1_epi16(static_cast<short>(threshold));
   // Counter order that makes the unpacks below emit columns in ascending order.
-  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  __m512i c0 = _mm512_add_epi32(order, _mm512_set1_epi32(static_cast<int>(block)));
-  __m512i c1 = _mm512_set1_epi32(static_cast<int>(key.uid));
-  __m512i c2 = _mm512_set1_epi32(static_cast<int>(key.site)), c3 = _mm512_set1_epi32(static_cast<int>(key.step));
-  uint32_t k0 = key.key0, k1 = key.key1;
+  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+  const uint64_t first1 = uint64_t{kPhiloxMul1} * key.site;
+  const uint64_t second0 = uint64_t{kPhiloxMul0} * (static_cast<uint32_t>(first1 >> 32) ^ key.uid ^ key.key0);
+  uint32_t k0 = key.key0 + kPhiloxWeyl0, k1 = key.key1 + kPhiloxWeyl1;
+  const __m512i first_c2 = _mm512_set1_epi32(static_cast<int>(key.step ^ key.key1));
+  const __m512i second_c0 = _mm512_set1_epi32(static_cast<int>(static_cast<uint32_t>(first1) ^ k0));
+  const __m512i second_c2 = _mm512_set1_epi32(static_cast<int>(static_cast<uint32_t>(second0 >> 32) ^ k1));
+  __m512i c0[2], c1[2], c2[2], c3[2];
+#pragma GCC unroll 2
+  for (int h = 0; h < 2; ++h) {
+    const __m512i product = _mm512_mul_epu32(_mm512_add_epi32(order, _mm512_set1_epi64(block + 8 * h)), m0);
+    const __m512i c2_first = _mm512_xor_si512(_mm512_srli_epi64(product, 32), first_c2);
+    c1[h] = _mm512_mul_epu32(c2_first, m1);
+    c0[h] = _mm512_xor_si512(_mm512_srli_epi64(c1[h], 32), second_c0);
+    c2[h] = _mm512_xor_si512(product, second_c2);
+    c3[h] = _mm512_set1_epi32(static_cast<int>(static_cast<uint32_t>(second0)));
+  }
 #pragma GCC unroll 7
-  for (int round = 0; round < kDropoutRounds; ++round) {
-    __m512i h0, l0, h1, l1;
-    mul_wide(c0, m0, h0, l0);
-    mul_wide(c2, m1, h1, l1);
-    c0 = _mm512_ternarylogic_epi32(h1, c1, _mm512_set1_epi32(static_cast<int>(k0)), 0x96);
-    c2 = _mm512_ternarylogic_epi32(h0, c3, _mm512_set1_epi32(static_cast<int>(k1)), 0x96);
-    c1 = l1;
-    c3 = l0;
+  for (int round = 2; round < kDropoutRounds; ++round) {
     k0 += kPhiloxWeyl0;
     k1 += kPhiloxWeyl1;
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+      const __m512i p0 = _mm512_mul_epu32(c0[h], m0), p1 = _mm512_mul_epu32(c2[h], m1);
+      c0[h] = _mm512_ternarylogic_epi32(_mm512_srli_epi64(p1, 32), c1[h], _mm512_set1_epi32(static_cast<int>(k0)), 0x96);
+      c2[h] = _mm512_ternarylogic_epi32(_mm512_srli_epi64(p0, 32), c3[h], _mm512_set1_epi32(static_cast<int>(k1)), 0x96);
+      c1[h] = p1;
+      c3[h] = p0;
+    }
   }
-  const __m512i u0 = _mm512_unpacklo_epi32(c0, c1), u1 = _mm512_unpackhi_epi32(c0, c1);
-  const __m512i u2 = _mm512_unpacklo_epi32(c2, c3), u3 = _mm512_unpackhi_epi32(c2, c3);
-  const __m512i v[4] = {_mm512_unpacklo_epi64(u0, u2), _mm512_unpackhi_epi64(u0, u2), _mm512_unpacklo_epi64(u1, u3),
-                        _mm512_unpackhi_epi64(u1, u3)};
-  const __m512i limit = _mm512_set1_epi16(static_cast<short>(threshold));
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t mask = _mm512_cmpge_epu16_mask(v[i], limit);
-    std::memcpy(bits + 4 * i, &mask, sizeof(mask));
+#pragma GCC unroll 2
+  for (int h = 0; h < 2; ++h) {
+    const __m512i low = _mm512_mask_blend_epi32(0xAAAA, c0[h], _mm512_slli_epi64(c1[h], 32));
+    const __m512i high = _mm512_mask_blend_epi32(0xAAAA, c2[h], _mm512_slli_epi64(c3[h], 32));
+    const uint32_t mask[2] = {_mm512_cmpge_epu16_mask(_mm512_unpacklo_epi64(low, high), limit),
+                              _mm512_cmpge_epu16_mask(_mm512_unpackhi_epi64(low, high), limit)};
+    std::memcpy(bits + 8 * h, mask, sizeof(mask));
   }
 }
 

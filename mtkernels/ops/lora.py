@@ -32,9 +32,9 @@ def _launchers(x, A, backend):
 
 
 def _own_base(run, x, batch_invariant):
-    """Whether the shared base takes our kernel: when its bits must not depend on T, or torch has no fast 16-bit matmul."""
+    """Whether the shared base takes our kernel: when its bits must not depend on T, or torch's matmul is slow here (but a row or two are a gemv)."""
     native = _native.available() and run is _native.ops()
-    return native and (batch_invariant or x.dtype in (torch.bfloat16, torch.float16) and not _native.fast_16bit(x.dtype))
+    return native and (batch_invariant or len(x) > 3 and not _native.fast_matmul(x.dtype))
 
 
 def _linear_kernel(x, weight, bias, A, B, lora_bias, scale, threshold, seeds, ranks, layouts, gates, *rest):

@@ -113,6 +113,6 @@ def lora_expand(s, bank, plan, out=None, *, gates=None, backend=None):
         shape, out = out.shape, out.reshape(shape)
     gates = _lora.flat_gates("lora_expand", gates, plan, bank.scale)
     factors = bank.params_B, bank.bias, bank.scale, gates, bank.ranks, [LAYOUTS.index(bank.layout)]
-    flat = s.reshape(-1, width)
+    flat = s.flatten(0, -2)
     y = _op(flat, out, plan.n_rows, *factors, *_lora.plan_args(plan), _backends.requested(backend))
     return y.view(shape)
