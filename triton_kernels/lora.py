@@ -7,8 +7,11 @@ mix of ranks; with K, another K - 1 on the rows of y and of dx.
 import torch
 
 from ._lora import bank_of
+from .lora_base import fuses, lora_base_dx, lora_base_linear, lora_linear_bwd, lora_linear_fwd
 from .lora_expand import launch_ds_and_grad_b, launch_expand
 from .lora_shrink import launch_finish, launch_grad_a, launch_shrink, new_partial, new_s
+
+__all__ = ["fuses", "lora_base_dx", "lora_base_linear", "lora_bwd", "lora_fwd", "lora_linear_bwd", "lora_linear_fwd"]
 
 
 def lora_fwd(x, A, B, bias, scale, threshold, seeds, gates, offsets, perm, tiles, step, sites, dropout, ys):

@@ -44,7 +44,7 @@ from .lora_shrink import launch_finish, new_partial
 
 
 @triton.jit
-def _target_of(program, widths, BLOCK: tl.constexpr, EXTRA, PER_BLOCK):
+def target_of(program, widths, BLOCK: tl.constexpr, EXTRA, PER_BLOCK):
     """(target, program within it) where target g takes EXTRA + PER_BLOCK * cdiv(widths[g], BLOCK) programs."""
     target = tl.zeros((), tl.int32)
     for g in tl.static_range(len(widths) - 1):
@@ -65,7 +65,7 @@ def _lora_expand_kernel(
 ):  # fmt: skip
     """y += gate scale (s B^T + bias) in rows of `slot`."""
     tile = tl.program_id(0) // n_column_tiles
-    target, column_tile = _target_of(tl.program_id(0) % n_column_tiles, widths, BLOCK_N, 0, 1)
+    target, column_tile = target_of(tl.program_id(0) % n_column_tiles, widths, BLOCK_N, 0, 1)
     p_tiles = tiles_ptr + TILE_INDEX * (n_adapters + 1)
     adapter = group_of_tile(p_tiles, n_adapters, tile)
     if adapter >= n_adapters:
@@ -177,7 +177,7 @@ def _lora_expand_bwd_kernel(
     """Of the n_programs of one chunk, each target's first CHUNK_ROWS / BLOCK_M make dS and the rest dB = dy^T (gate scale s)."""
     n_ds_programs: tl.constexpr = CHUNK_ROWS // BLOCK_M
     tile = tl.program_id(0) // n_programs
-    target, program = _target_of(tl.program_id(0) % n_programs, widths, BLOCK_W, n_ds_programs, n_rank_tiles)
+    target, program = target_of(tl.program_id(0) % n_programs, widths, BLOCK_W, n_ds_programs, n_rank_tiles)
     p_tiles = tiles_ptr + TILE_INDEX * (n_adapters + 1)
     adapter = group_of_tile(p_tiles, n_adapters, tile)
     chunk = tile - tl.load(p_tiles + adapter)

@@ -12,6 +12,8 @@ Cost       saved: x, S [T, max R] per target; never a mask, a dropped copy of x,
     q, k, v = lora_linear_group(x, weights, biases, banks, plan)
 """
 
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 
@@ -33,17 +35,26 @@ def _launchers(x, A, backend):
 
 def _own_base(run, x, batch_invariant):
     """Whether the shared base takes our kernel: when its bits must not depend on T, or torch's matmul is slow here (but a row or two are a gemv)."""
-    native = _native.available() and run is _native.ops()
-    return native and (batch_invariant or len(x) > 3 and not _native.fast_matmul(x.dtype))
+    if batch_invariant:
+        return hasattr(run, "lora_base_linear")
+    return _native.available() and run is _native.ops() and len(x) > 3 and not _native.fast_matmul(x.dtype)
+
+
+def _fuses_base(run, x, weight, perm, batch_invariant):
+    """Whether base and adapters share one kernel: where there is one, with one adapter a row."""
+    one_slot = len(perm) == len(x)
+    return isinstance(run, ModuleType) and hasattr(run, "fuses") and one_slot and (batch_invariant or run.fuses(x, weight))
 
 
 def _linear_kernel(x, weight, bias, A, B, lora_bias, scale, threshold, seeds, ranks, layouts, gates, *rest):
     ids, *groups, sites, dropout, batch_invariant, main_grad, backend = rest
     run, bias = _launchers(x, A, backend), [b if b.numel() else None for b in bias] or [None] * len(weight)
-    linear = _native.ops().lora_base_linear if _own_base(run, x, batch_invariant) else F.linear
+    lora = _lora.factors_A(A, ranks, layouts), _lora.factors_B(B, ranks, layouts), lora_bias, scale, threshold, seeds, gates, *groups, sites, dropout
+    if _fuses_base(run, x, weight, groups[1], batch_invariant):
+        return run.lora_linear_fwd(x, weight, bias, *lora)
+    linear = run.lora_base_linear if _own_base(run, x, batch_invariant) else F.linear
     ys = [linear(x, w, b) for w, b in zip(weight, bias)]
-    views = _lora.factors_A(A, ranks, layouts), _lora.factors_B(B, ranks, layouts)
-    return ys, run.lora_fwd(x, *views, lora_bias, scale, threshold, seeds, gates, *groups, sites, dropout, ys)
+    return ys, run.lora_fwd(x, *lora, ys)
 
 
 def _delta_kernel(x, out, A, B, lora_bias, scale, threshold, seeds, ranks, layouts, gates, *rest):
@@ -64,10 +75,13 @@ def _bwd_kernel(dys, x, weight, s, A, B, lora_bias, scale, threshold, seeds, ran
     grads_A, dA = _lora.new_grads(A, views_A, need[:nA], ranks, layouts, dtype)
     grads_B, dB = _lora.new_grads(B, views_B, need[nA : nA + nB], ranks, layouts, dtype)
     dbias = _lora.new_bias_grads(lora_bias, need[nA + nB :], dtype)
-    dx = _base_dx(run, dys, weight, x, batch_invariant) if need_dx else None
     e = _lora.new_e(dys[0], scale, groups[1], need_gates or need_scale)
-    views = _lora.factors_A(A, ranks, layouts), _lora.factors_B(B, ranks, layouts)
-    run.lora_bwd(dys, x, s, *views, lora_bias, scale, threshold, seeds, gates, *groups, sites, dropout, dx, e, dA, dB, dbias)
+    lora = _lora.factors_A(A, ranks, layouts), _lora.factors_B(B, ranks, layouts), lora_bias, scale, threshold, seeds, gates, *groups, sites, dropout
+    if need_dx and weight and _fuses_base(run, x, weight, groups[1], batch_invariant):
+        dx = run.lora_linear_bwd(dys, weight, x, s, *lora, e, dA, dB, dbias)
+    else:
+        dx = _base_dx(run, dys, weight, x, batch_invariant) if need_dx else None
+        run.lora_bwd(dys, x, s, *lora, dx, e, dA, dB, dbias)
     small = _lora.gate_and_scale_grads(e, scale, gates, ids, *groups[:3], need_gates, need_scale, backend)
     return x.new_empty(0) if dx is None else dx, *small, [*grads_A, *grads_B, *dbias]
 
@@ -76,9 +90,9 @@ def _base_dx(run, dys, weight, x, batch_invariant):
     if not weight:
         return x.new_zeros(x.shape)
     if _own_base(run, x, batch_invariant):
-        dx = _native.ops().lora_base_dx(dys[0], weight[0])
+        dx = run.lora_base_dx(dys[0], weight[0])
         for dy, w in zip(dys[1:], weight[1:]):
-            dx += _native.ops().lora_base_dx(dy, w)
+            dx += run.lora_base_dx(dy, w)
         return dx
     dx = dys[0] @ weight[0]
     for dy, w in zip(dys[1:], weight[1:]):
