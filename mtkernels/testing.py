@@ -4,6 +4,7 @@ A `Problem` is one call of a public function on rows of several groups. Row cont
 the group), so the same rows can be put in other batches and the results compared bit for bit.
 """
 
+import math
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,8 +72,10 @@ class Maker:
         return _randn(*shape, key=key, dtype=dtype or self.dtype, exact=self.exact).to(self.device).requires_grad_(grad)
 
     def rows(self, key, *shape, dtype=None, grad=True):
+        # As many rows in every batch, so that a row's values are the same in all of them.
         longest = max((o for _, o in self.ordinals), default=0) + 1
-        tables = {g: _randn(max(longest, 2048), *shape, key=(key, g), dtype=dtype or self.dtype, exact=self.exact) for g in set(self.ids)}
+        n_rows = max(longest, 2048 if math.prod(shape) < 512 else 256)
+        tables = {g: _randn(n_rows, *shape, key=(key, g), dtype=dtype or self.dtype, exact=self.exact) for g in set(self.ids)}
         rows = [tables[g][o] for g, o in self.ordinals]
         empty = torch.empty(0, *shape, dtype=torch.float64 if self.exact else dtype or self.dtype)
         return (torch.stack(rows) if rows else empty).to(self.device).requires_grad_(grad)
@@ -85,7 +88,7 @@ def _wide(dtype):
     return torch.promote_types(dtype, torch.float32)
 
 
-RANKS = (3, 0, 16, 1, 7, 33)
+RANKS = (3, 0, 16, 1, 7, 130)
 DROPOUT = (0.0, 0.5, 0.25, 1.0, 0.05, 0.5)
 
 
@@ -200,6 +203,20 @@ PROBLEMS = {
     "task_reduce": _task_reduce,
     "task_cross_entropy": _task_cross_entropy,
 }
+
+# Group 1 is empty (and rank 0), group 3 has one row.
+MIXED = [0, 2, -1, 4, 0, 5, 2, 2, -1, 4, 5, 5, 0, 3, 5, 2]
+
+# (ids, options) with which a problem gives its Triton kernels several programs on every axis of the grid, and ragged edges.
+_LARGE = {
+    "task_reduce": (MIXED * 3 + [2] * 1100, dict(n_groups=70)),
+    "task_cross_entropy": (MIXED * 3, dict(n_classes=4099)),
+}
+
+
+def large(name):
+    """(ids, keyword arguments) of a problem at a size that spans several tiles in every dimension."""
+    return _LARGE.get(name, (MIXED * 3 + [2] * 150, {}))
 
 
 @contextmanager

@@ -51,6 +51,13 @@ def active():
     return hasattr(driver._active, "on_launch")
 
 
+def arch():
+    """What Triton compiles for in this block: 80, 90, ... or "gfx942"; None outside."""
+    from triton.runtime.driver import driver
+
+    return driver._active.utils.arch if active() else None
+
+
 # Compiled files of each kernel by hash: Triton shows them to the driver only through this hook.
 _files = {}
 
