@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+pytest.importorskip("triton")
 from mutation_cases import edited
 from mutations import CUDA_TOOLS, DOCUMENT, MUTATIONS, RIGHT, TOOLS, document
 
@@ -12,7 +14,6 @@ from mtkernels import lab
 from mtkernels.lab import emulated, interpreter
 from mtkernels.testing import poisoned
 
-pytest.importorskip("triton", minversion="3.8")
 INTERPRETED = ("probe", "orders", "poison")
 SEEDS = (None, 3)
 BROKEN = Path(__file__).resolve().parent / "cuda" / "broken.cu"
@@ -61,6 +62,7 @@ def by_poison(mutation, bug):
 
 
 def by_virtual(mutation, bug):
+    pytest.importorskip("triton", minversion="3.8")
     from mtkernels.lab.ptx import Finding
 
     edit = edited(mutation.edit) if mutation.edit and bug else None
@@ -112,6 +114,7 @@ def test_the_same_kernel_without_the_mistake_gives_no_finding(name, tool):
 
 def test_right_kernels_give_no_finding(right):
     if not interpreter.interpreting():
+        pytest.importorskip("triton", minversion="3.8")
         with lab.VirtualGPU(90) as gpu:
             RIGHT[right]()
         assert gpu.launches
