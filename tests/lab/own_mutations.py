@@ -1,6 +1,5 @@
 """Mistakes made in the package's own kernels, by substitution in their source, and the checks of the op suite that must see them."""
 
-import gc
 import shutil
 import sys
 from contextlib import contextmanager
@@ -13,7 +12,6 @@ import torch
 from mtkernels import _backends, lab
 from mtkernels.lab import emulated
 from mtkernels.lab.cuda_emulator import csrc
-from mtkernels.lab.interpreter import interpreting
 from mtkernels.testing import MIXED, PROBLEMS, assert_accurate, poisoned
 
 # check -> what it is, in the order of the table
@@ -128,23 +126,12 @@ def mutated(mutation, folder):
     try:
         yield
     finally:
-        _forget_kernels(package)
         for name in [n for n in sys.modules if n.startswith("mtkernels.triton_kernels.")]:
             del sys.modules[name]
         sys.modules.update(loaded)
         vars(package).update(names)
         package.__path__ = path
         _backends._namespace.cache_clear()
-
-
-def _forget_kernels(package):
-    """Compiled kernels unload themselves through Triton's driver, so they go while there is one."""
-    if interpreting():
-        return
-    with lab.VirtualGPU(80):
-        for name in [n for n in sys.modules if n.startswith(f"{package.__name__}.")]:
-            vars(sys.modules[name]).clear()
-        gc.collect()
 
 
 def accurate(mutation, ours):

@@ -1,6 +1,8 @@
 """Compiled Triton kernels, executed without a GPU, agree with torch; kernels that are wrong are caught."""
 
+import gc
 import os
+import sys
 
 import pytest
 import torch
@@ -293,6 +295,17 @@ def test_the_driver_is_restored():
         assert driver._active is not before and stub.active()
         1 / 0
     assert driver._active is before and not stub.active()
+
+
+def test_kernels_may_be_collected_outside_the_block(monkeypatch):
+    errors = []
+    monkeypatch.setattr(sys, "unraisablehook", errors.append)
+    kernel = triton.JITFunction(k.affine_kernel.fn)
+    with VirtualGPU():
+        kernel[(1,)](torch.randn(64), torch.empty(64), 64, BLOCK=64)
+    del kernel
+    gc.collect()
+    assert not errors
 
 
 def test_what_cannot_be_emulated_is_refused():
