@@ -33,6 +33,12 @@ def emulating():
     return os.environ.get("TRITON_INTERPRET", "0") == "1" or (driver is not None and driver.active())
 
 
+def _emulates_cuda(stem):
+    """CUDA C++ kernels of `stem` take CPU tensors: inside mtkernels.lab.EmulatedCuda."""
+    lab = sys.modules.get("mtkernels.lab.emulated")
+    return lab is not None and lab.active() and stem in lab.stems()
+
+
 @contextmanager
 def backend(name):
     """Use backend `name` for every mtkernels op in this block, in every thread of the process.
@@ -68,6 +74,8 @@ def refusal(stem, name, device, dtype):
         return f"{dtype} runs on the reference only (kernels take float32, bfloat16, float16)"
     if name == "triton":
         return _triton_refusal(stem, device)
+    if name == "cuda" and device == "cpu" and _emulates_cuda(stem):
+        return ""
     if device != name:
         return f"takes {name} tensors, got {device}"
     if not _native.available():
@@ -91,7 +99,9 @@ def _triton_refusal(stem, device):
 
 def choose(stem, name, device, dtype):
     """The backend that runs `stem`; raises by name when an explicit choice cannot."""
-    return _choose(stem, name, device, dtype, name == "triton" and device == "cpu" and emulating())
+    on_cpu = device == "cpu"
+    emulated = (name == "triton" and on_cpu and emulating()) or (name == "cuda" and on_cpu and _emulates_cuda(stem))
+    return _choose(stem, name, device, dtype, emulated)
 
 
 @lru_cache(maxsize=None)
@@ -130,7 +140,16 @@ def _namespace(stem, name):
 
 def launchers(stem, tensor, name):
     """The namespace that holds `stem`'s launchers for this tensor."""
-    return _namespace(stem, choose(stem, name, tensor.device.type, tensor.dtype))
+    chosen = choose(stem, name, tensor.device.type, tensor.dtype)
+    if chosen == "cuda" and tensor.device.type == "cpu":
+        return sys.modules["mtkernels.lab.emulated"].launchers(stem)
+    return _namespace(stem, chosen)
+
+
+def or_automatic(stem, name, tensor):
+    """The backend asked for if it runs `stem` on this tensor, else "": for what an op needs beside its own kernels."""
+    name = requested(name)
+    return "" if name and refusal(stem, name, tensor.device.type, tensor.dtype) else name
 
 
 class Explanation(dict):

@@ -31,6 +31,13 @@ def test_every_stem_has_its_files(stem):
     assert (ROOT / f"csrc/cuda/{stem}.cu").is_file() or "No CUDA C++:" in page, f"{stem} has no .cu file and does not say why"
 
 
+def test_every_cuda_source_runs_in_the_emulator():
+    sources = {p.stem for p in (ROOT / "csrc" / "cuda").glob("*.cu")}
+    launchers = {p.stem for p in (ROOT / "mtkernels" / "lab" / "emulated").glob("[a-z]*.py")}
+    assert sources == launchers, "csrc/cuda/X.cu needs mtkernels/lab/emulated/X.py, the launchers of X_op.cpp for the emulator"
+    assert sources <= set(ops.STEMS)
+
+
 @pytest.mark.parametrize("stem", ops.STEMS)
 def test_every_op_page_has_its_headings(stem):
     page = ast.get_docstring(ast.parse((ROOT / "mtkernels" / "ops" / f"{stem}.py").read_text()))

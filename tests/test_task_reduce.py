@@ -35,7 +35,7 @@ def test_gradients_of_values_and_coef(way):
 
 def test_noncontiguous_values_and_a_given_plan(way):
     values, ids = torch.randn(30, 2, device=way.device)[:, 1], torch.randint(0, 4, (30,), device=way.device)
-    plan = mtk.group_plan(ids, 4, backend=way.backend)
+    plan = mtk.group_plan(ids, 4)
     expected = mtk.task_reduce(values.contiguous(), ids, 4, backend=way.backend)
     assert torch.equal(mtk.task_reduce(values, None, 4, plan=plan, backend=way.backend), expected)
 

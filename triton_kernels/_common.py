@@ -2,6 +2,7 @@
 
 import functools
 import json
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,11 +78,17 @@ def _config_file(op: str) -> dict:
     return json.loads((_CONFIGS / f"{op}.json").read_text())
 
 
-@functools.cache
 def arch_of(device: torch.device) -> str:
-    """Configuration key of a device: its own architecture if we tuned for it, else the class its shared memory allows."""
-    if device.type != "cuda":
-        return "default"
+    """Configuration key of a device; of CPU tensors, that of the GPU that mtkernels.lab stands in for."""
+    if device.type == "cuda":
+        return _arch_of_gpu(device)
+    lab = sys.modules.get("mtkernels.lab.driver")
+    return config_arch(f"sm_{lab.arch()}") if lab else "default"
+
+
+@functools.cache
+def _arch_of_gpu(device: torch.device) -> str:
+    """Its own architecture if we tuned for it, else the class its shared memory allows."""
     props = torch.cuda.get_device_properties(device)
     known = _ARCHS.get(f"sm_{props.major}{props.minor}") if torch.version.hip is None else None
     shared = props.shared_memory_per_block_optin

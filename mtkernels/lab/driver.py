@@ -51,6 +51,13 @@ def active():
     return hasattr(driver._active, "on_launch")
 
 
+def arch():
+    """What Triton compiles for in this block: 80, 90, ... or "gfx942"; None outside."""
+    from triton.runtime.driver import driver
+
+    return driver._active.utils.arch if active() else None
+
+
 # Compiled files of each kernel by hash: Triton shows them to the driver only through this hook.
 _files = {}
 
@@ -97,10 +104,8 @@ class _Utils:
         return properties | dict(sm_clock_rate=0, mem_clock_rate=0, mem_bus_width=0)
 
     def load_binary(self, name, binary, shared, device):
-        return object(), object(), 0, 0, 1024
-
-    def unload_module(self, module):
-        """There is no module."""
+        # No module: kernels would unload it when collected, through a driver that is gone by then.
+        return None, object(), 0, 0, 1024
 
 
 def _make_stub(arch, on_launch):

@@ -11,11 +11,16 @@ pipelining, layouts, code generation. What is not: time, caches, and the order i
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from .driver import TensorMap, compiled_text, parameters, stub_driver
 from .ptx import GlobalMemory, Program
 from .ptx.async_proxy import encode_descriptor
 from .ptx.counters import Counters, instruction_mix, lines, report
+from .ptx.memory import LiveStorages
+
+# Translating takes longer than most launches.
+_translate = lru_cache(maxsize=512)(Program)
 
 
 @dataclass
@@ -58,7 +63,7 @@ class VirtualGPU:
         if arch not in (80, 90):
             raise ValueError(f"arch {arch} cannot be executed; use 80 or 90 (lab.record_launches compiles for others)")
         self.arch, self._count, self._edit = arch, counters, edit
-        self.launches, self._programs = [], {}
+        self.launches, self._programs, self._live = [], {}, LiveStorages()
         self._stack = ExitStack()
 
     def __enter__(self):
@@ -77,7 +82,7 @@ class VirtualGPU:
         if getattr(metadata, "num_ctas", 1) > 1:
             raise NotImplementedError(f"{metadata.name}: clusters (num_ctas={metadata.num_ctas}) are not emulated; use num_ctas=1")
         program = self._program(metadata)
-        memory = GlobalMemory()
+        memory = GlobalMemory(self._live)
         arguments = [_argument(memory, name, value) for name, value in parameters(launch["source"], metadata, launch["arguments"])]
         arguments.append(self._scratch(memory, metadata, launch["grid"]))
         counters = Counters() if self._count else None
@@ -99,7 +104,7 @@ class VirtualGPU:
     def _program(self, metadata):
         if metadata.hash not in self._programs:
             ptx = compiled_text(metadata, "ptx")
-            self._programs[metadata.hash] = Program(self._edit(metadata.name, ptx) if self._edit else ptx)
+            self._programs[metadata.hash] = _translate(self._edit(metadata.name, ptx) if self._edit else ptx)
         return self._programs[metadata.hash]
 
 

@@ -100,6 +100,6 @@ def task_plan(op, rows, task_ids, n_tasks, plan, backend=None):
         if not isinstance(task_ids, torch.Tensor) or task_ids.shape != rows.shape[:1] or task_ids.device != rows.device:
             got = f"{tuple(task_ids.shape)} on {task_ids.device}" if isinstance(task_ids, torch.Tensor) else type(task_ids).__name__
             raise ValueError(f"{op}: task_ids are {got}; give one id per row {tuple(rows.shape[:1])} on {rows.device}")
-        return group_plan(task_ids, n_tasks, step=0, backend=backend)
+        return group_plan(task_ids, n_tasks, step=0, backend=_backends.or_automatic("group_plan", backend, task_ids))
     check_plan(op, plan, n_tasks, rows.shape[0], rows.device, "tasks")
     return plan

@@ -12,10 +12,19 @@ from .lora import LORA_PROBLEMS, plain_lora
 from .loss import LOSS_PROBLEMS
 from .problem import Maker, Problem
 
-__all__ = ["FLOOR", "Maker", "PROBLEMS", "Problem", "assert_accurate", "op_of", "plain_lora", "poisoned", "relative_error"]
+__all__ = ["FLOOR", "MIXED", "Maker", "PROBLEMS", "Problem", "assert_accurate", "large", "op_of", "plain_lora", "poisoned", "relative_error"]
 
 # An op, or "op:variant" for another way to call it -> (ids, dtype, device="cpu", *, backend=None, exact=False) -> Problem
 PROBLEMS = {**LORA_PROBLEMS, **LOSS_PROBLEMS}
+
+# Group 1 is empty (and rank 0), group 3 has one row.
+MIXED = [0, 2, -1, 4, 0, 5, 2, 2, -1, 4, 5, 5, 0, 3, 5, 2]
+
+# (ids, options) with which a problem gives its Triton kernels several programs on every axis of the grid, and ragged edges.
+_LARGE = {
+    "task_reduce": (MIXED * 3 + [2] * 1100, dict(n_groups=70)),
+    "task_cross_entropy": (MIXED * 3, dict(n_classes=4099)),
+}
 
 # relative error below which no kernel is asked to be better than the plain path
 FLOOR = {torch.float32: 1e-6, torch.float16: 2e-4, torch.bfloat16: 2e-3}
@@ -24,6 +33,11 @@ FLOOR = {torch.float32: 1e-6, torch.float16: 2e-4, torch.bfloat16: 2e-3}
 def op_of(name):
     """The registered op that problem `name` is about."""
     return name.split(":")[0]
+
+
+def large(name):
+    """(ids, keyword arguments) of a problem at a size that spans several tiles in every dimension."""
+    return _LARGE.get(name, (MIXED * 3 + [2] * 150, {}))
 
 
 @contextmanager

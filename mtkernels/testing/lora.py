@@ -8,7 +8,7 @@ from ..ops import group_plan, lora_delta, lora_expand, lora_linear, lora_linear_
 from ..reference.philox import keep_mask
 from .problem import Maker, Problem, wide
 
-RANKS = (3, 0, 16, 1, 7, 33)
+RANKS = (3, 0, 16, 1, 7, 130)
 DROPOUT = (0.0, 0.5, 0.25, 1.0, 0.05, 0.5)
 STEP, SITE = 11, 3
 # The second adapter of a row in problems with two; it depends on the first only, so a row keeps both in any batch.

@@ -1,5 +1,6 @@
 """A Problem is one call of a public function on reproducible rows of several groups."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import Callable
@@ -59,8 +60,10 @@ class Maker:
         return _randn(*shape, key=key, dtype=dtype or self.dtype, exact=self.exact).to(self.device).requires_grad_(grad)
 
     def rows(self, key, *shape, dtype=None, grad=True):
+        # As many rows in every batch, so that a row's values are the same in all of them.
         longest = max((o for _, o in self.ordinals), default=0) + 1
-        tables = {g: _randn(max(longest, 2048), *shape, key=(key, g), dtype=dtype or self.dtype, exact=self.exact) for g in set(self.ids)}
+        n_rows = max(longest, 2048 if math.prod(shape) < 512 else 256)
+        tables = {g: _randn(n_rows, *shape, key=(key, g), dtype=dtype or self.dtype, exact=self.exact) for g in set(self.ids)}
         rows = [tables[g][o] for g, o in self.ordinals]
         empty = torch.empty(0, *shape, dtype=torch.float64 if self.exact else dtype or self.dtype)
         return (torch.stack(rows) if rows else empty).to(self.device).requires_grad_(grad)

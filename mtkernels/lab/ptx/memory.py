@@ -8,11 +8,45 @@ import numpy as np
 _FIRST_BYTE = 4096
 _SPAN = (1 << 47) - _FIRST_BYTE
 _SIZES = (1, 2, 4, 8)
+_ADOPTED = "a tensor reached through a loaded pointer"
 
 
 def _process_memory():
     raw = np.frombuffer((ctypes.c_uint8 * _SPAN).from_address(_FIRST_BYTE), np.uint8)
     return {size: raw.view(f"u{size}") for size in _SIZES}
+
+
+class LiveStorages:
+    """The memory of CPU tensors alive in this process, for pointers that kernels load from memory.
+
+    Walking all objects of a large process takes long, so what was found before and young objects come first.
+    """
+
+    def __init__(self):
+        self._known = {}  # address -> (bytes, weak reference)
+
+    def searches(self):
+        """{address: bytes} from searches that cost more and more."""
+        yield self._alive()
+        for generations in ((0, 1), (2,)):
+            for generation in generations:
+                self._look(gc.get_objects(generation))
+            yield self._alive()
+
+    def _alive(self):
+        self._known = {p: (n, ref) for p, (n, ref) in self._known.items() if not ref.expired()}
+        return {p: n for p, (n, _) in self._known.items()}
+
+    def _look(self, objects):
+        import torch
+        from torch.multiprocessing.reductions import StorageWeakRef
+
+        kinds = (torch.Tensor, torch.nn.Parameter)
+        for item in objects:
+            if type(item) in kinds and item.device.type == "cpu" and item.layout == torch.strided:
+                storage = item.untyped_storage()
+                if storage.nbytes():
+                    self._known[storage.data_ptr()] = storage.nbytes(), StorageWeakRef(storage)
 
 
 class GlobalMemory:
@@ -24,9 +58,10 @@ class GlobalMemory:
 
     words = _process_memory()
 
-    def __init__(self):
+    def __init__(self, live=None):
         self.extents = []  # (first address, end, real address - address, label)
-        self._known, self._owners, self._searched = {}, [], False
+        self._known, self._owners = {}, []
+        self._searches = (live or LiveStorages()).searches()
         self._index()
 
     def add(self, label, address, size, owner=None):
@@ -55,18 +90,10 @@ class GlobalMemory:
         self.ends = np.array([e[1] for e in self.extents], np.int64)
         self.shifts = np.array([e[2] for e in self.extents], np.int64)
 
-    def _search_live_tensors(self):
-        """Adopt the storages of all tensors alive in this process, at their real addresses."""
-        import torch
-
-        self._searched = True
-        found, kinds = {}, (torch.Tensor, torch.nn.Parameter)
-        for item in gc.get_objects():
-            if type(item) in kinds and item.device.type == "cpu" and item.layout == torch.strided:
-                storage = item.untyped_storage()
-                if storage.nbytes():
-                    found[storage.data_ptr()] = storage.nbytes()
-        self.extents += [(p, p + n, 0, "a tensor reached through a loaded pointer") for p, n in found.items()]
+    def _adopt(self, storages):
+        """Make storages reachable at their real addresses."""
+        ours = [e for e in self.extents if e[3] != _ADOPTED]
+        self.extents = ours + [(p, p + n, 0, _ADOPTED) for p, n in storages.items()]
         self._index()
 
     def locate(self, s, i, address, size, alignment=None):
@@ -86,8 +113,8 @@ class GlobalMemory:
                 return address + (self.shifts[k] - _FIRST_BYTE)
         else:
             inside = np.zeros(address.shape, bool)
-        if not self._searched:
-            self._search_live_tensors()
+        for storages in self._searches:
+            self._adopt(storages)
             return self.locate(s, i, address, size, alignment)
         bad = address[~inside].flat[0]
         raise s.finding("global memory out of bounds", i, f"{size} bytes at {self.describe(int(bad))}", address == bad)

@@ -1,4 +1,4 @@
-"""Kernels that are right, each with the defects a probe has to see; BUG = "" is the right one."""
+"""Kernels that are right, each with the defects that mutations.py lists; BUG = "" is the right one."""
 
 import triton
 import triton.language as tl
@@ -89,7 +89,10 @@ def update_kernel(x_ptr, y_ptr, N: tl.constexpr, BUG: tl.constexpr = ""):
     x = tl.load(x_ptr + o)
     if BUG == "output read":
         x += tl.load(y_ptr + o)
-    tl.store(y_ptr + o, x)
+    if BUG == "output not written":
+        tl.store(y_ptr + o, x, mask=tl.program_id(0) < 3)
+    else:
+        tl.store(y_ptr + o, x)
 
 
 @triton.jit

@@ -1,0 +1,170 @@
+"""Mistakes made in the package's own kernels, by substitution in their source, and the checks of the op suite that must see them."""
+
+import shutil
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from mtkernels import _backends, lab
+from mtkernels.lab import emulated
+from mtkernels.lab.cuda_emulator import csrc
+from mtkernels.testing import MIXED, PROBLEMS, assert_accurate, poisoned
+
+# check -> what it is, in the order of the table
+CHECKS = {
+    "probe": "a finding of `Probe`",
+    "accuracy": "error against float64, in the interpreter",
+    "orders": "other bits in another order of programs",
+    "virtual": "a finding of, or an error in, `VirtualGPU`",
+    "emulated": "a finding of, or an error in, `EmulatedCuda`",
+}
+TRITON = Path(import_module("mtkernels.triton_kernels._common").__file__).parent
+CUDA = csrc() / "cuda"
+
+
+@dataclass(frozen=True)
+class OwnMutation:
+    """changes: (what the source says, what it says instead), each found exactly once; caught: checks that must fail."""
+
+    file: str
+    changes: list
+    caught: tuple
+    problem: str
+    ids: list = field(default_factory=lambda: MIXED)
+    options: dict = field(default_factory=dict)
+
+    def problem_with(self, **how):
+        narrow = NARROW if self.problem.startswith("lora") else {}
+        return PROBLEMS[self.problem](self.ids, torch.float32, **narrow, **self.options, **how)
+
+    def results(self):
+        return self.problem_with(backend="cuda" if self.file.endswith(".cu") else "triton").results()
+
+
+LORA, REDUCE, ENTROPY, PLAN = "lora_kernels.py", "task_reduce.py", "task_cross_entropy.py", "group_plan.py"
+FAT = MIXED + [2] * 1030  # two chunks of one group
+FATTEST = MIXED + [2] * 12000  # twelve
+NARROW = dict(n_in=40, n_out=24)
+FIRST_CHUNK = "tl.atomic_add(partial_ptr + tl.load(p_tiles + task), tl.sum(b_value, axis=0))"
+
+MUTATIONS = {
+    "LoRA: row mask of s dropped": OwnMutation(LORA, [("(acc * alpha).to(compute), mask=m_row[:, None] & m_r)", "(acc * alpha).to(compute), mask=m_r)")], ("probe",), "lora_delta"),
+    "LoRA: rank mask of s dropped": OwnMutation(LORA, [("(acc * alpha).to(compute), mask=m_row[:, None] & m_r)", "(acc * alpha).to(compute), mask=m_row[:, None])")], ("probe",), "lora_delta"),
+    "LoRA: rank mask of a factor dropped": OwnMutation(LORA, [("mask=m_k[:, None] & m_r, other=0.0)", "mask=m_k[:, None], other=0.0)")], ("probe", "virtual"), "lora_delta"),
+    "LoRA: column mask of y dropped": OwnMutation(LORA, [("p_y, m_row[:, None] & (o_n[None, :] < width)", "p_y, m_row[:, None]")], ("probe",), "lora_delta"),
+    "LoRA: scale on the wrong side": OwnMutation(
+        LORA,
+        [("alpha, stride_r, stride_c = tl.load(scale_ptr + adapter), 1, rank\n    else:\n        p_factor = _load_factor(table_ptr, 0", "alpha, stride_r, stride_c = 1.0, 1, rank\n    else:\n        p_factor = _load_factor(table_ptr, 0")],
+        ("accuracy",), "lora_delta",
+    ),
+    "LoRA: bias not scaled": OwnMutation(LORA, [("other=0.0).to(tl.float32)[None, :]", "other=0.0).to(tl.float32)[None, :] / alpha")], ("accuracy",), "lora_delta"),
+    "LoRA: rows not permuted in the forward": OwnMutation(LORA, [("p_row = x_ptr + tl.load(perm_ptr + o_j, mask=m_row, other=0)", "p_row = x_ptr + tl.where(m_row, o_j, 0)")], ("accuracy",), "lora_delta"),
+    "LoRA: rows not permuted in the factor gradient": OwnMutation(LORA, [("b_t = tl.load(perm_ptr + o_j, mask=m_j, other=0).to(tl.int64)", "b_t = tl.where(m_j, begin + o_j, 0).to(tl.int64)")], ("accuracy",), "lora_delta"),
+    "LoRA: dropout not replayed in dx": OwnMutation(LORA, [("True, False, DROPOUT, BUCKETS", "True, False, False, BUCKETS")], ("accuracy",), "lora_delta"),
+    "LoRA: mask of another step in dA": OwnMutation(LORA, [("dropout_keep(seed, uid0 + o_j, column, site, step, ", "dropout_keep(seed, uid0 + o_j, column, site, step + 1, ")], ("accuracy",), "lora_delta"),
+    "LoRA: seed of the first adapter for all": OwnMutation(LORA, [("threshold = tl.load(threshold_ptr + adapter)\n    seed, step = tl.load(seeds_ptr + adapter), tl.load(step_ptr)\n    if BACKWARD", "threshold = tl.load(threshold_ptr + adapter)\n    seed, step = tl.load(seeds_ptr), tl.load(step_ptr)\n    if BACKWARD")], ("accuracy",), "lora_delta"),
+    "LoRA: kept elements not scaled up": OwnMutation(LORA, [("alpha, stride_r, stride_c = dropout_scale(threshold, DROPOUT), width, 1\n    for b", "alpha, stride_r, stride_c = 1.0, width, 1\n    for b")], ("accuracy",), "lora_delta"),
+    "LoRA: wrong adapter of a tile": OwnMutation("_common.py", [("(b_end <= tile)", "(b_end < tile)")], ("accuracy", "virtual"), "lora_delta"),
+    "LoRA: id -1 as the last adapter": OwnMutation("_common.py", [("    return group\n\n\n@triton.jit\ndef dropout_keep", "    return tl.minimum(group, n_groups - 1)\n\n\n@triton.jit\ndef dropout_keep")], ("accuracy",), "lora_delta"),
+    "LoRA: chunk one row short": OwnMutation(LORA, [("n_rows = tl.minimum(end - begin, CHUNK_ROWS)", "n_rows = tl.minimum(end - begin, CHUNK_ROWS - 1)")], ("virtual",), "lora_delta", FAT),
+    "LoRA: slot of another chunk": OwnMutation(LORA, [("slot = _first_slot(offsets_ptr, adapter) + chunk\n", "slot = _first_slot(offsets_ptr, adapter)\n")], ("virtual",), "lora_delta", FAT),
+    "LoRA: dropout position counted from the chunk": OwnMutation(LORA, [("dropout_scale(threshold, DROPOUT), chunk * CHUNK_ROWS, seed", "dropout_scale(threshold, DROPOUT), 0, seed")], ("virtual",), "lora_delta", FAT),
+    "LoRA: gradient by atomic add": OwnMutation(LORA, [("tl.store(p_grad + o_grad, (acc * alpha).to(p_grad.dtype.element_ty), mask=m_grad)", "tl.atomic_add(p_grad + o_grad, (acc * alpha).to(p_grad.dtype.element_ty), mask=m_grad)")], ("probe",), "lora_delta"),
+    "LoRA: gradient of an empty group not written": OwnMutation(LORA, [("if n_chunks != 1:", "if n_chunks > 1:")], ("accuracy",), "lora_delta", [0, 2, 0]),
+    "plan: sort not stable": OwnMutation(PLAN, [("(o_q[None, :] < o_p[:, None])", "(o_q[None, :] > o_p[:, None])")], ("accuracy",), "lora_delta"),
+    "plan: two rows at one place": OwnMutation(PLAN, [("(o_q[None, :] < o_p[:, None])", "(o_q[None, :] + 1 < o_p[:, None])")], ("probe", "virtual"), "task_reduce"),
+    "reduce: rows not permuted": OwnMutation(REDUCE, [("b_t = tl.load(perm_ptr + o_j, mask=m_j, other=0)", "b_t = tl.where(m_j, o_j, 0)")], ("accuracy", "virtual"), "task_reduce"),
+    "reduce: chunk one row short": OwnMutation(REDUCE, [("(chunk - tl.load(p_tiles + task)) * CHUNK + tl.arange(0, CHUNK)", "(chunk - tl.load(p_tiles + task)) * (CHUNK + 1) + tl.arange(0, CHUNK)")], ("accuracy", "virtual"), "task_reduce", FAT),
+    "reduce: partial sums by atomic add": OwnMutation(REDUCE, [("tl.store(partial_ptr + chunk, tl.sum(b_value, axis=0))", FIRST_CHUNK), ("partial = torch.empty(", "partial = torch.zeros(")], ("orders",), "task_reduce", FATTEST),
+    "reduce: row mask of the gradient dropped": OwnMutation(REDUCE, [("b_dvalue.to(dvalues_ptr.dtype.element_ty), mask=m_t)", "b_dvalue.to(dvalues_ptr.dtype.element_ty))")], ("probe", "virtual"), "task_reduce"),
+    "entropy: class mask dropped": OwnMutation(ENTROPY, [("m_used[:, None] & (v + o_v[None, :] < n_classes)", "m_used[:, None] & (v + o_v[None, :] < BLOCK_V)")], ("probe", "virtual"), "task_cross_entropy"),
+    "entropy: ignored targets counted": OwnMutation(ENTROPY, [("other=-1) >= 0) & (b_target != ignore_index)\n    b_dnll", "other=-1) >= 0)\n    b_dnll")], ("accuracy", "virtual"), "task_cross_entropy"),
+    "entropy: running sum not rescaled": OwnMutation(ENTROPY, [("b_sum = b_sum * tl.exp(b_max - b_shift) + ", "b_sum = b_sum + ")], ("accuracy",), "task_cross_entropy", MIXED, dict(n_classes=8000)),
+    "CUDA reduce: barrier removed": OwnMutation("task_reduce.cu", [("  __syncthreads();\n", "")], ("emulated",), "task_reduce"),
+    "CUDA reduce: rows not permuted": OwnMutation("task_reduce.cu", [("const int t = i < 0 ? -1 : perm[i];", "const int t = static_cast<int>(i);")], ("emulated",), "task_reduce"),
+    "CUDA reduce: chunk one row too long": OwnMutation("task_reduce.cu", [("i < end; i += kThreads", "i <= end; i += kThreads")], ("emulated",), "task_reduce"),
+    "CUDA reduce: partial sums by atomic add": OwnMutation("task_reduce.cu", [("if (lane == 0) partial[tile] = sum;", "if (lane == 0) atomicAdd(&partial[tile], sum);")], ("emulated",), "task_reduce"),
+    "CUDA reduce: row mask of the gradient dropped": OwnMutation("task_reduce.cu", [("  if (t >= n_rows) return;\n", "")], ("emulated",), "task_reduce"),
+}  # fmt: skip
+
+
+def changed(mutation, folder):
+    text = (folder / mutation.file).read_text()
+    for old, new in mutation.changes:
+        assert text.count(old) == 1, f"{mutation.file} says {old!r} {text.count(old)} times"
+        text = text.replace(old, new)
+    return text
+
+
+@contextmanager
+def mutated(mutation, folder):
+    """The package with the mistake in it; `folder` is an empty one for the changed sources."""
+    if mutation.file.endswith(".cu"):
+        source = folder / mutation.file
+        source.write_text(changed(mutation, CUDA))
+        right = emulated._emulator
+        entries = right(source.stem).entries
+        emulated._emulator = lambda stem: lab.CudaEmulator(source, entries)
+        try:
+            yield
+        finally:
+            emulated._emulator = right
+        return
+    shutil.copytree(TRITON, folder, dirs_exist_ok=True)
+    (folder / mutation.file).write_text(changed(mutation, TRITON))
+    package = import_module("mtkernels.triton_kernels")
+    loaded = {name: module for name, module in sys.modules.items() if name.startswith("mtkernels.triton_kernels.")}
+    names, path = dict(vars(package)), package.__path__
+    _backends._namespace.cache_clear()
+    for name in loaded:
+        del sys.modules[name]
+    package.__path__ = [str(folder)]
+    try:
+        yield
+    finally:
+        for name in [n for n in sys.modules if n.startswith("mtkernels.triton_kernels.")]:
+            del sys.modules[name]
+        sys.modules.update(loaded)
+        vars(package).update(names)
+        package.__path__ = path
+        _backends._namespace.cache_clear()
+
+
+def accurate(mutation, ours):
+    plain, exact = mutation.problem_with(), mutation.problem_with(exact=True)
+    plain, exact = plain.results(plain.plain), exact.results(exact.plain)
+    for key in exact:
+        assert_accurate(ours[key], plain[key], exact[key], torch.float32, key)
+
+
+def failure(mutation, check):
+    """What a check of the suite says about the package as it is now; "" when it passes."""
+    tool = {"virtual": lambda: lab.VirtualGPU(80), "emulated": lambda: lab.EmulatedCuda(tools=("asan", "tsan", "trace"))}.get(check, lambda: lab.Probe(seed=0))
+    try:
+        with poisoned(), tool() as opened:
+            ours = mutation.results()
+        if check == "probe":
+            return "\n".join(map(str, opened.findings))
+        if check == "orders":
+            different = set()
+            for seed in (1, 2, 3):
+                with lab.Probe(seed):
+                    other = mutation.results()
+                different |= {key for key in ours if not torch.equal(ours[key].view(torch.uint8), other[key].view(torch.uint8))}
+            return ", ".join(different)
+        accurate(mutation, ours)
+    except (AssertionError, RuntimeError, IndexError) as failed:
+        return str(failed) or type(failed).__name__
+    return ""
+
+
+def table():
+    """The Markdown table: a mistake a line, a check of the suite a column."""
+    lines = ["| mistake | file | " + " | ".join(CHECKS) + " |", "| --- | --- |" + " :-: |" * len(CHECKS)]
+    for name, mutation in MUTATIONS.items():
+        lines.append(f"| {name} | `{mutation.file}` | " + " | ".join("x" if check in mutation.caught else "" for check in CHECKS) + " |")
+    return "\n".join(lines)

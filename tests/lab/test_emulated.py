@@ -1,0 +1,56 @@
+"""The package's .cu files under sanitizers and random schedules, at the shapes of the op suite."""
+
+import pytest
+import torch
+
+from mtkernels import _op, task_reduce
+from mtkernels.lab import EmulatedCuda, emulated
+from mtkernels.lab.cuda_emulator import TOOLS
+from mtkernels.testing import MIXED, PROBLEMS
+
+if emulated.refusal():
+    pytest.skip(emulated.refusal(), allow_module_level=True)
+
+NAMES = [name for name in PROBLEMS if _op.OPS[name].stem in emulated.stems()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_tool_finds_anything(name):
+    for ids in (MIXED, [], MIXED + [2] * 1100):
+        with EmulatedCuda(tools=TOOLS) as cuda:
+            PROBLEMS[name](ids, torch.float32, backend="cuda").results()
+        assert cuda.launches
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_sanitizers_find_nothing_in_other_types(name, dtype):
+    with EmulatedCuda(tools=("asan", "tsan")) as cuda:
+        PROBLEMS[name](MIXED, dtype, backend="cuda").results()
+    assert cuda.launches
+
+
+def test_every_launch_has_another_schedule(monkeypatch):
+    seeds = []
+    emulator = emulated._emulator("task_reduce")
+    run = emulator.run
+    monkeypatch.setattr(emulator, "run", lambda *args, **options: seeds.append(options) or run(*args, **options))
+    values, ids = torch.randn(40), torch.randint(-1, 3, (40,))
+    with EmulatedCuda(seed=5) as cuda:
+        sums = [task_reduce(values, ids, 3, backend="cuda") for _ in range(2)]
+    assert torch.equal(*sums) and [s["seed"] for s in seeds] == [5, 6] and seeds[0]["resident"] != seeds[1]["resident"]
+    assert cuda.launches == ["mtk::cuda::launch_task_reduce_fwd"] * 2
+
+
+def test_cpu_tensors_are_taken_inside_the_block_alone():
+    values, ids = torch.randn(4), torch.tensor([0, 1, 0, -1])
+    with pytest.raises(RuntimeError, match="takes cuda tensors, got cpu"):
+        task_reduce(values, ids, 2, backend="cuda")
+    with EmulatedCuda():
+        torch.testing.assert_close(task_reduce(values, ids, 2, backend="cuda"), task_reduce(values, ids, 2, backend="reference"))
+        with pytest.raises(RuntimeError, match="an EmulatedCuda block is open already"), EmulatedCuda():
+            pass
+        with pytest.raises(RuntimeError, match="backend 'cuda' cannot run group_plan here: takes cuda tensors, got cpu"):
+            torch.ops.mtkernels.group_plan(ids, 2, True, "cuda")
+    with pytest.raises(RuntimeError, match="takes cuda tensors, got cpu"):
+        task_reduce(values, ids, 2, backend="cuda")
