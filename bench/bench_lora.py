@@ -9,12 +9,16 @@ import mtkernels as mtk
 from mtkernels.testing import plain_lora
 
 from . import peers
-from .registry import DTYPES, Bar, Case, Draw, Problem, Provider, ours
+from .registry import DTYPES, Bar, Case, Draw, Problem, Provider, Work, ours
 
 SCALE, STEP = 2.0, 11
 MIXED = dict(T=2048, D=1024, O=1024, ranks=(4, 8, 8, 16, 16, 32, 64, 64), p=0.05)
 MANY = dict(T=4096, D=1024, O=1024, ranks=tuple(8 + 8 * (i % 8) for i in range(64)), p=0.05)
 DECODE = dict(T=32, D=1024, O=1024, ranks=(16,) * 32, p=0.0)
+EVEN = dict(T=2048, D=1024, O=1024, ranks=(4, 8, 8, 16, 16, 32, 64, 64), p=0.0)
+WIDE = {**EVEN, "ranks": (16, 32, 64, 16, 32, 64, 16, 32)}
+SKEWED = {**EVEN, "shares": (0.05, 0.25, 0.008, 0.333, 0.1, 0.07, 0.16, 0.029)}
+DELTA = {**EVEN, "T": 512, "D": 512, "O": 512}
 BARS = {
     "fp32": (Bar("cpu", "base", 1.30),),
     "bf16": (Bar("cpu", "cpu fp32", 1.25, emulated=True), Bar("loop", "cpu", 4.0, at_least=True, emulated=True)),
@@ -29,7 +33,21 @@ def cases():
         Case("lora_linear", "64 adapters", MANY, "base", ("full",)),
         Case("lora_linear", "decode", DECODE, "base", ("quick", "full"), modes=("fwd",), training=False),
         Case("lora_delta", "mixed", MIXED, "loop", ("full",)),
+        Case("lora_linear", "even", EVEN, "base", ("cost",), dtypes=("bf16",)),
+        Case("lora_linear", "even, 16 to 64", WIDE, "base", ("cost",), dtypes=("bf16",)),
+        Case("lora_delta", "even", DELTA, "loop", ("cost",), dtypes=("bf16",)),
+        Case("lora_linear", "skewed", SKEWED, "base", ("cost",), dtypes=("bf16",)),
     ]
+
+
+def rows_of(shape):
+    """Rows of each adapter: even, or by `shares` of the T rows, which add up to 1."""
+    n = len(shape["ranks"])
+    shares = shape.get("shares", (1 / n,) * n)
+    if len(shares) != n or abs(sum(shares) - 1) > 1e-6:
+        raise ValueError(f"shares {shares} of {n} adapters; give one for each, adding up to 1")
+    ends = [round(sum(shares[: i + 1]) * shape["T"]) for i in range(n)]
+    return [end - begin for begin, end in zip([0, *ends], ends)]
 
 
 def inputs(case, device):
@@ -37,18 +55,22 @@ def inputs(case, device):
     leaves = {"x": draw.leaf(s["T"], s["D"])}
     for i, r in enumerate(s["ranks"]):
         leaves[f"A{i}"], leaves[f"B{i}"] = draw.leaf(r, s["D"], std=s["D"] ** -0.5), draw.leaf(s["O"], r, std=r**-0.5)
-    fixed = {"weight": draw.normal(s["O"], s["D"], std=s["D"] ** -0.5), "ids": draw.ints(len(s["ranks"]), s["T"])}
+    fixed = {"weight": draw.normal(s["O"], s["D"], std=s["D"] ** -0.5), "ids": draw.shuffled(rows_of(s))}
     return Problem(case, leaves, fixed, draw.normal(s["T"], s["O"]), ("x",), case.training)
 
 
-def cost(case, mode):
+def cost(case):
+    """split_bytes: shrink and expand apart from each other, the frozen layer's product fused with one of them."""
     s, width = case.shape, DTYPES[case.dtype].itemsize
-    base = 2 * s["T"] * s["D"] * s["O"] * (case.op == "lora_linear")
-    lora = 2 * s["T"] * sum(s["ranks"]) / len(s["ranks"]) * (s["D"] + s["O"])
-    rows, factors = s["T"] * (s["D"] + s["O"]), (s["D"] + s["O"]) * sum(s["ranks"]) + s["D"] * s["O"]
-    forward, backward = rows + factors, 2 * rows + 2 * factors
-    n_bytes, flops = {"fwd": (forward, base + lora), "bwd": (backward, base + 2 * lora), "full": (forward + backward, 2 * base + 3 * lora)}[mode]
-    return n_bytes * width, flops
+    T, D, O, ranks = s["T"], s["D"], s["O"], s["ranks"]
+    weight, factors = D * O * _linear(case), (D + O) * sum(ranks)
+    base, lora = 2 * T * weight, 2 * (D + O) * sum(n * r for n, r in zip(rows_of(s), ranks))
+    # the backward reads x and dy, writes dx, and reads and writes the factors
+    forward, backward = T * (D + O) + weight + factors, T * (2 * D + O) + weight + 2 * factors
+    split = (2 * T * D + T * O + weight, 2 * T * (D + O) + weight) if weight else (None, None)
+    split = [n and n * width for n in split]
+    fwd = Work(forward * width, base + lora, lora, base, split[0])
+    return {"fwd": fwd, "bwd": Work(backward * width, base + 2 * lora, 2 * lora, base, split[1])}
 
 
 def saved_limit(case):

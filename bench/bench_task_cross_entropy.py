@@ -6,9 +6,10 @@ import torch.nn.functional as F
 import mtkernels as mtk
 
 from . import peers
-from .registry import DTYPES, Bar, Case, Draw, Problem, Provider, ours
+from .registry import DTYPES, Bar, Case, Draw, Problem, Provider, Work, ours
 
 LANGUAGE, LABELS, SLICE = dict(T=1024, V=32000, J=8), dict(T=4096, V=1024, J=8), dict(T=128, V=32000, J=8)
+COUNTED = dict(T=64, V=32000, J=8)
 BARS = {"fp32": (Bar("cpu", "torch", 0.5),)}
 
 
@@ -17,6 +18,7 @@ def cases():
         Case("task_cross_entropy", "labels", LABELS, "torch", ("quick", "bars", "full"), dtypes=("fp32",), bars=BARS),
         Case("task_cross_entropy", "vocabulary, few rows", SLICE, "torch", ("quick",)),
         Case("task_cross_entropy", "vocabulary", LANGUAGE, "torch", ("bars", "full"), dtypes=("fp32",), bars=BARS),
+        Case("task_cross_entropy", "counted", COUNTED, "torch", ("cost",), dtypes=("bf16",)),
     ]
 
 
@@ -26,10 +28,11 @@ def inputs(case, device):
     return Problem(case, {"logits": draw.leaf(s["T"], s["V"])}, fixed, draw.normal(s["J"], dtype=torch.float32), ("logits",))
 
 
-def cost(case, mode):
-    passes = {"fwd": 1, "bwd": 2, "full": 3}[mode]  # the backward reads logits and writes their gradient
-    elements = case.shape["T"] * case.shape["V"] * passes
-    return elements * DTYPES[case.dtype].itemsize, 4 * elements
+def cost(case):
+    n_rows, logits = case.shape["T"], case.shape["T"] * case.shape["V"]
+    # target and task of each row, and a float a task; the backward reads logits and writes their gradient
+    small, width = n_rows * (8 + 4) + 4 * case.shape["J"], DTYPES[case.dtype].itemsize
+    return {"fwd": Work(logits * width + small, 4 * logits), "bwd": Work(2 * logits * width + small, 8 * logits)}
 
 
 def saved_limit(case):
@@ -66,6 +69,6 @@ PROVIDERS = (
     *ours(run),
     Provider("plan", lambda p: p.call(lambda: _plan(p), {}), "part"),
     Provider("torch", plain),
-    Provider("compile", lambda p: _with_nll(p, peers.compiled(_nll, p.upstream.device.type)), slow=True),
+    Provider("compile", lambda p: _with_nll(p, peers.compiled(_nll, p.upstream.device.type)), slow=True, countable=False),
     Provider("liger", lambda p: _with_nll(p, peers.liger_cross_entropy(p.upstream.device.type))),
 )
