@@ -116,6 +116,17 @@ def plain(problem):
     return problem.call(lambda: plain_lora(x, _base(problem), bank, ids, STEP, 0))
 
 
+def _serving(engine, problem):
+    peers.require("triton")
+    from . import lora_serving
+
+    return getattr(lora_serving, engine)(problem, partial(_base, problem), *_factors(problem), SCALE, _plan(problem))
+
+
+def _bf16(case):
+    return case.dtype != "fp32"
+
+
 def _linear(case):
     return case.op == "lora_linear"
 
@@ -128,4 +139,6 @@ PROVIDERS = (
     Provider("loop", lambda p: peers.lora_loop(p, partial(_base, p), *_factors(p), SCALE)),
     Provider("padded", lambda p: peers.lora_padded(p, partial(_base, p), *_factors(p), SCALE, _plan(p))),
     Provider("peft", lambda p: peers.lora_peft(p, *_factors(p), SCALE), applies=_linear),
+    Provider("sglang", partial(_serving, "sglang"), applies=_bf16),
+    Provider("vllm", partial(_serving, "vllm"), applies=_bf16),
 )

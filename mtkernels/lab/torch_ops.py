@@ -23,7 +23,7 @@ from .storages import UNDEFINED, call_seen_by
 
 GEMM, TORCH, TRITON = "vendor GEMM", "torch", "triton"
 _GEMMS = frozenset(("mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "_grouped_mm", "_scaled_grouped_mm"))
-_NO_LAUNCH = ("_unsafe_view", "lift_fresh", "lift_fresh_copy", "_local_scalar_dense", "set_", "resize_", "resize_as_", "record_stream")
+_NO_LAUNCH = ("_unsafe_view", "detach_", "lift_fresh", "lift_fresh_copy", "_local_scalar_dense", "set_", "resize_", "resize_as_", "record_stream")
 _FREE = UNDEFINED | {f"aten::{name}" for name in _NO_LAUNCH}
 # Operations that take only some rows of their first operand, as many as they give.
 _GATHERS = frozenset(("index", "index_select", "gather", "embedding", "take", "take_along_dim"))
@@ -70,6 +70,10 @@ class TorchOps(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        with self:  # below autograd, linear and matmul arrive whole
+            out = func.decompose(*args, **kwargs)
+        if out is not NotImplemented:
+            return out
         out = call_seen_by(self, func, args, kwargs)
         if func.namespace == "aten" and not func.is_view and func._schema.name not in _FREE and not _in_a_check():
             self.launches += _launches(func, args, kwargs, out)
