@@ -111,3 +111,11 @@ def liger_cross_entropy(device):
     takes_triton(device)
     loss = require("liger_kernel.transformers", "liger-kernel").LigerCrossEntropyLoss(reduction="none")
     return lambda logits, target: loss(logits, target)
+
+
+def liger_linear_cross_entropy(problem):
+    """Liger's fused linear cross entropy: one sum over all tasks, shared out evenly, as it takes no upstream gradient per row."""
+    takes_triton(problem.upstream.device.type)
+    loss = require("liger_kernel.transformers", "liger-kernel").LigerFusedLinearCrossEntropyLoss(reduction="sum")
+    hidden, weight, n_tasks = *problem.leaves.values(), problem.case.shape["J"]
+    return problem.call(lambda: (loss(weight, hidden, problem.fixed["target"]) / n_tasks).expand(n_tasks))
