@@ -35,8 +35,8 @@ def cases():
         Case("lora_delta", "mixed", MIXED, "loop", ("full",)),
         Case("lora_linear", "even", EVEN, "base", ("cost",), dtypes=("bf16",)),
         Case("lora_linear", "even, 16 to 64", WIDE, "base", ("cost",), dtypes=("bf16",)),
-        Case("lora_delta", "even", DELTA, "loop", ("cost",), dtypes=("bf16",)),
         Case("lora_linear", "skewed", SKEWED, "base", ("cost",), dtypes=("bf16",)),
+        Case("lora_delta", "even", DELTA, "loop", ("cost",), dtypes=("bf16",)),
     ]
 
 
@@ -116,14 +116,15 @@ def plain(problem):
     return problem.call(lambda: plain_lora(x, _base(problem), bank, ids, STEP, 0))
 
 
-def _serving(engine, problem):
+def _engine(name, problem):
     peers.require("triton")
-    from . import lora_serving
+    from . import lora_engines
 
-    return getattr(lora_serving, engine)(problem, partial(_base, problem), *_factors(problem), SCALE, _plan(problem))
+    base = () if name == "lorafusion" else (partial(_base, problem),)
+    return getattr(lora_engines, name)(problem, *base, *_factors(problem), SCALE, _plan(problem))
 
 
-def _bf16(case):
+def _narrow(case):
     return case.dtype != "fp32"
 
 
@@ -139,6 +140,7 @@ PROVIDERS = (
     Provider("loop", lambda p: peers.lora_loop(p, partial(_base, p), *_factors(p), SCALE)),
     Provider("padded", lambda p: peers.lora_padded(p, partial(_base, p), *_factors(p), SCALE, _plan(p))),
     Provider("peft", lambda p: peers.lora_peft(p, *_factors(p), SCALE), applies=_linear),
-    Provider("sglang", partial(_serving, "sglang"), applies=_bf16),
-    Provider("vllm", partial(_serving, "vllm"), applies=_bf16),
+    Provider("lorafusion", partial(_engine, "lorafusion"), applies=lambda case: _linear(case) and case.training and _narrow(case)),
+    Provider("sglang", partial(_engine, "sglang"), applies=_narrow),
+    Provider("vllm", partial(_engine, "vllm"), applies=_narrow),
 )

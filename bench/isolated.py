@@ -26,11 +26,11 @@ class _StandIn(ModuleType):
 
 
 class _Finder(MetaPathFinder, Loader):
-    def __init__(self, package, files, names):
-        self.package, self.files, self.names = package, files, names
+    def __init__(self, packages, files, names):
+        self.packages, self.files, self.names = packages, files, names
 
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] != self.package:
+        if name.split(".")[0] not in self.packages:
             return None
         return spec_from_file_location(name, self.files[name]) if name in self.files else ModuleSpec(name, self, is_package=True)
 
@@ -44,9 +44,9 @@ class _Finder(MetaPathFinder, Loader):
 
 
 @contextmanager
-def _alone(package, finder):
+def _alone(finder):
     def mine():
-        return [name for name in sys.modules if name.split(".")[0] == package]
+        return [name for name in sys.modules if name.split(".")[0] in finder.packages]
 
     before = {name: sys.modules.pop(name) for name in mine()}
     sys.meta_path.insert(0, finder)
@@ -59,8 +59,11 @@ def _alone(package, finder):
         sys.modules.update(before)
 
 
-def load(package, modules, names=None):
-    """The given submodules of `package`, in order; names: {module: {name: value}} of the stand-ins. Raises Unavailable."""
+def load(package, modules, names=None, others=()):
+    """The given submodules of `package`, in order. Raises Unavailable.
+
+    names: {module: {name: value}} of the stand-ins. others: further packages whose modules are all stand-ins.
+    """
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise Unavailable("not installed")
@@ -69,7 +72,7 @@ def load(package, modules, names=None):
     missing = [str(path.relative_to(root)) for path in files.values() if not path.is_file()]
     if missing:
         raise Unavailable(f"{package} {_version(package)} has no {missing[0]}")
-    with _alone(package, _Finder(package, files, names or {})):
+    with _alone(_Finder((package, *others), files, names or {})):
         return [import_module(name) for name in files]
 
 
