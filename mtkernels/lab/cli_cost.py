@@ -35,8 +35,12 @@ def needs_interpreter(args):
 
 
 def run(args):
-    from ..bench.registry import select
+    from ..bench.registry import provider_names, select
 
+    known = provider_names(("ours", "peer", "part"))
+    for name in args.provider or ():
+        if name not in known:
+            raise ValueError(f"no provider {name!r}; there are {', '.join(known)}")
     selected = [(suite, case) for suite, case in select(args.names, "cost", args.dtype) if args.case in case.name]
     if not selected:
         raise ValueError(f"no case of {' '.join(args.names) or 'any op'} has {args.case!r} in its name")

@@ -47,13 +47,15 @@ class Outcome:
 
 def run(args):
     from ..ops import stem_of
-    from . import emulated
+    from ._cuda_build import csrc
     from .problems import DTYPES, chosen
 
     outcomes = []
     for op in chosen(args.names):
         outcomes.append(in_orders(op, "triton", DTYPES[args.dtype], range(args.orders)))
-        if stem_of(op) in emulated.stems():
+        if (csrc() / "cuda" / f"{stem_of(op)}.cu").is_file():
+            from . import emulated
+
             why = emulated.refusal()
             outcomes.append(Outcome(op, "cuda", reason=why) if why else in_orders(op, "cuda", DTYPES[args.dtype], range(args.orders)))
     _print(outcomes, args.dtype)

@@ -1,0 +1,375 @@
+"""python -m mtkernels.lab: what each command counts and finds, its exit status, its table and its report."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from mtkernels.bench import registry
+from mtkernels.lab import __main__ as cli
+from mtkernels.lab import cli_cost, cli_run, interpreter, tables
+from mtkernels.lab.roofline import CARDS, LABEL, bound_us
+from mtkernels.lab.torch_ops import GEMM, TORCH, TRITON, Launch, TorchOps, held_bytes
+
+INTERPRETING = interpreter.interpreting()
+ordinary = pytest.mark.skipif(INTERPRETING, reason="runs commands, which start their own interpreter")
+
+
+def interpreted(test):
+    return pytest.mark.interpret(pytest.mark.skipif(not INTERPRETING, reason="needs TRITON_INTERPRET=1")(test))
+
+
+def run(*arguments):
+    """(exit status, output) of a command in a process of its own, as a user starts it."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-m", "mtkernels.lab", *arguments], capture_output=True, text=True, env=environment)
+    return done.returncode, done.stdout + done.stderr
+
+
+def suite_case(op, **shape):
+    suite, case = registry.select([op], "cost", ("bf16",))[0]
+    return suite, replace(case, shape={**case.shape, **shape})
+
+
+# Torch operations
+
+
+def counted(call):
+    with TorchOps() as seen:
+        call()
+    return [(launch.name.removeprefix("aten::"), launch.kind, launch.distinct_bytes, launch.flops) for launch in seen.launches]
+
+
+def test_a_matrix_product_counts_each_operand_once():
+    x, w, bias = torch.randn(6, 8), torch.randn(5, 8), torch.randn(5)
+    n_bytes = 4 * (6 * 8 + 5 * 8 + 6 * 5)
+    with torch.no_grad():
+        assert counted(lambda: torch.nn.functional.linear(x, w)) == [("mm", GEMM, n_bytes, {"float32": 2 * 6 * 8 * 5})]
+        assert counted(lambda: torch.nn.functional.linear(x, w, bias)) == [("addmm", GEMM, n_bytes + 4 * 5, {"float32": 2 * 6 * 8 * 5})]
+
+
+def test_views_and_allocations_are_no_launches():
+    x = torch.randn(6, 8)
+    assert counted(lambda: (x.t()[1:].reshape(-1, 3).view(-1), torch.empty(9), x.detach(), x[0, 0].item())) == [("clone", TORCH, 2 * 4 * 42, {})]
+
+
+def test_gathers_move_rows_and_scatters_reach_them():
+    table, rows = torch.randn(100, 4), torch.tensor([3, 3, 7])
+    index = 8 * 3
+    assert counted(lambda: table[rows]) == [("index", TORCH, index + 2 * 4 * 12, {})]
+    assert counted(lambda: table.index_add_(0, rows, torch.ones(3, 4))[0])[1:] == [("index_add_", TORCH, index + 3 * 4 * 12, {})]
+    copied = counted(lambda: table.index_add(0, rows, torch.ones(3, 4)))[1:]
+    assert copied == [("index_add (copy)", TORCH, 2 * 4 * 400, {}), ("index_add", TORCH, index + 3 * 4 * 12, {})]
+
+
+def test_an_index_backward_adds_in_place():
+    x, rows = torch.randn(9, 4, requires_grad=True), torch.tensor([3, 3, 7])
+    y = x[rows]
+    names = [name for name, *_ in counted(lambda: torch.autograd.grad(y, x, torch.ones_like(y)))]
+    assert [n for n in names if "index_put" in n] == ["index_put"] or [n for n in names if "index_put" in n] == ["_index_put_impl_"]
+
+
+def test_dropout_is_one_launch():
+    names = [name for name, *_ in counted(lambda: torch.nn.functional.dropout(torch.ones(64), 0.5))]
+    assert names == ["ones", "native_dropout"]
+
+
+@pytest.mark.parametrize("a, b, flops", [((12, 8), (2, 8, 16), 2 * 12 * 8 * 16), ((8, 16), (16, 24), 2 * 8 * 16 * 24), ((2, 6, 8), (2, 8, 16), 2 * 12 * 8 * 16)])
+def test_grouped_products(a, b, flops):
+    ends = torch.tensor([8, a[0] if len(b) == 3 else a[1]], dtype=torch.int32) if len(a) == 2 else None
+    (launch,) = counted(lambda: torch.nn.functional.grouped_mm(torch.randn(a).bfloat16(), torch.randn(b).bfloat16(), offs=ends))[-1:]
+    assert launch[1] == GEMM and launch[3] == {"bfloat16": flops}
+
+
+def test_an_expanded_tensor_holds_one_copy():
+    assert held_bytes(torch.randn(1, 5).expand(100, 5)) == 20
+    assert held_bytes(torch.empty(0, 5)) == 0
+
+
+# Bounds
+
+
+def test_bound_is_the_slower_of_memory_and_arithmetic_of_each_launch():
+    card = CARDS["A100"]
+    memory, arithmetic = Launch("m", TRITON, 2039, 0, {"bf16": 1}), Launch("a", TRITON, 1, 0, {"bf16": 312_000_000, "fp32": 156_000_000})
+    assert bound_us([memory], "A100") == pytest.approx(1e-3)
+    assert bound_us([arithmetic], "A100") == pytest.approx(2.0)
+    assert bound_us([memory, arithmetic], "A100") == pytest.approx(2.001)
+    assert CARDS["H100"].bandwidth > card.bandwidth
+
+
+# Work of a case
+
+
+def test_lora_work_by_hand():
+    suite, case = suite_case("lora_linear", T=10, D=4, O=6, ranks=(1, 3), shares=(0.2, 0.8))
+    assert suite.rows_of(case.shape) == [2, 8]
+    forward, backward = (registry.work(suite, case, mode) for mode in ("fwd", "bwd"))
+    lora = 2 * (4 + 6) * (2 * 1 + 8 * 3)
+    assert (forward.tensor_flops, forward.base_flops, backward.tensor_flops) == (lora, 2 * 10 * 4 * 6, 2 * lora)
+    assert forward.split_bytes == 2 * (2 * 10 * 4 + 10 * 6 + 4 * 6)
+    assert backward.split_bytes == 2 * (2 * 10 * 4 + 2 * 10 * 6 + 4 * 6)
+    assert forward.bytes == 2 * (10 * 4 + 10 * 6 + 4 * 6 + 4 * (4 + 6))
+    assert registry.work(suite, case, "full") == forward + backward
+
+
+def test_shares_must_fit():
+    suite, case = suite_case("lora_linear", ranks=(1, 3), shares=(0.5, 0.6))
+    with pytest.raises(ValueError, match="adding up to 1"):
+        suite.rows_of(case.shape)
+
+
+@pytest.mark.parametrize("stem", list(registry.suites()))
+def test_every_suite_has_a_case_to_count(stem):
+    suite = registry.suites()[stem]
+    cases = [case for case in suite.cases() if "cost" in case.presets]
+    assert cases
+    for case in (replace(case, dtype=case.dtypes[0]) for case in cases):
+        passes = suite.cost(case)
+        assert set(passes) == ({"fwd", "bwd"} if case.training else {"fwd"})
+        assert all(w.bytes > 0 and w.flops >= w.tensor_flops + w.base_flops for w in passes.values())
+
+
+# cost
+
+
+@interpreted
+def test_counts_of_task_reduce_by_hand():
+    T, J = 4096, 4
+    suite, case = suite_case("task_reduce", T=T, J=J)
+    records = {(r["provider"], r["pass"]): r for r in cli_cost.count_case(suite, case)}
+    forward, backward, total = (records["triton", p] for p in ("forward", "backward", "total"))
+    assert forward["launches"] == {"triton": 2, "vendor GEMM": 0, "torch": 0} and backward["launches"]["triton"] == 1
+    # values, coef, perm; then the gradients: values, coef and ids read, two written
+    rows = {"forward": T * (2 + 4 + 4), "backward": T * (2 + 4 + 4 + 2 + 4)}
+    for name, record in (("forward", forward), ("backward", backward)):
+        assert records["least", name]["bytes"] == rows[name] + 4 * J
+        assert rows[name] <= record["distinct_bytes"] <= rows[name] + 2048
+        assert record["over_least"] == record["distinct_bytes"] / records["least", name]["bytes"]
+        assert not record["findings"]
+    assert total["distinct_bytes"] == forward["distinct_bytes"] + backward["distinct_bytes"]
+
+
+@interpreted
+def test_counts_of_lora_by_hand():
+    suite, case = suite_case("lora_linear", T=128, D=128, O=128, ranks=(16, 16), shares=(0.5, 0.5))
+    records = {(r["provider"], r["pass"]): r for r in cli_cost.count_case(suite, case, ["triton", "loop", "base"])}
+    forward = records["triton", "forward"]
+    assert forward["launches"]["vendor GEMM"] == 1 and forward["launches"]["torch"] == 0
+    base = next(k for k in forward["kernels"] if k["kind"] == GEMM)
+    assert base["distinct_bytes"] == 2 * 3 * 128 * 128 == records["base", "forward"]["distinct_bytes"]
+    # ranks and rows fill their tiles, so nothing issued is wasted
+    assert forward["issued_flops"] == records["least", "forward"]["tensor_flops"] and forward["useful_over_issued"] == 1.0
+    loop = records["loop", "forward"]
+    assert loop["launches"]["vendor GEMM"] == 1 + 2 * 2 and loop["useful_over_issued"] == 1.0
+    assert records["base", "forward"]["over_least"] is None
+
+
+@ordinary
+def test_cost_prints_and_writes(tmp_path):
+    path = tmp_path / "cost.json"
+    status, said = run("cost", "task_reduce", "group_plan", "--shape", "T=256", "--launches", "--json", str(path))
+    assert status == 0, said
+    heads = said.split("group_plan")[1]
+    assert heads.count("not measured") >= 3 and LABEL in said and "_task_reduce_bwd_kernel" in said
+    report = json.loads(path.read_text())
+    assert (report["schema"], report["command"], report["label"]) == (1, "cost", LABEL) and set(report["cards"]) == set(CARDS)
+    shown = {(r["op"], r["provider"], r["pass"]) for r in report["results"]}
+    assert {("group_plan", "triton", "forward"), ("task_reduce", "triton", "total"), ("task_reduce", "torch", "backward"), ("task_reduce", "least", "total")} <= shown
+    ours = [r for r in report["results"] if r["provider"] == "triton"]
+    assert all(r["findings"] == [] and set(r["bound_us"]) == set(CARDS) and r["shape"]["T"] == 256 for r in ours)
+
+
+@interpreted
+def test_a_peer_that_is_not_there_is_named(monkeypatch, capsys):
+    from mtkernels.bench import isolated
+
+    monkeypatch.setattr(isolated, "find_spec", lambda name: None)
+    arguments = "cost", "lora_linear", "--case", "skewed", "--shape", "T=64", "D=32", "O=32"
+    assert cli.main([*arguments, *(f"--provider={name}" for name in ("triton", "sglang", "vllm", "lorafusion"))]) == 0
+    said = capsys.readouterr().out
+    assert all(f"  {name}: not installed" in said for name in ("sglang", "vllm", "lorafusion"))
+    assert "loop" not in said, "only those asked for"
+
+
+@interpreted
+def test_a_kernel_that_fails_fails_the_command(monkeypatch, capsys):
+    suite, case = suite_case("task_reduce", T=32)
+
+    def crash(problem):
+        raise ZeroDivisionError("broken kernel")
+
+    monkeypatch.setattr(suite, "PROVIDERS", (registry.Provider("triton", crash, "ours"),))
+    monkeypatch.setattr(suite, "cases", lambda: [case])
+    assert cli.main(["cost", "task_reduce"]) == 1
+    assert "ZeroDivisionError: broken kernel" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "sizes, shape",
+    [
+        (["T=5"], {"T": 5, "ranks": (1, 2), "shares": (0.5, 0.5)}),
+        (["ranks=3,4,5"], {"T": 9, "ranks": (3, 4, 5)}),
+        (["ranks=7,8", "shares=0.25,0.75"], {"T": 9, "ranks": (7, 8), "shares": (0.25, 0.75)}),
+    ],
+)
+def test_sizes(sizes, shape):
+    assert cli_cost.with_sizes({"T": 9, "ranks": (1, 2), "shares": (0.5, 0.5)}, sizes) == shape
+
+
+# run
+
+
+@interpreted
+@pytest.mark.parametrize("op", ["group_plan", "task_reduce"])
+def test_run_under_the_probe(op):
+    record = cli_run.run_op(op, "interpret", torch.bfloat16)
+    assert record["right"] and not record["findings"]
+    assert all(launch["load MB"] > 0 for launch in record["launches"])
+
+
+@ordinary
+def test_run_on_the_virtual_gpu(tmp_path):
+    pytest.importorskip("triton", minversion="3.8")
+    path = tmp_path / "run.json"
+    status, said = run("run", "task_reduce", "--on", "virtual-sm80", "--dtype", "fp32", "--lines", "--json", str(path))
+    assert status == 0 and "no findings" in said and "right" in said, said
+    (record,) = json.loads(path.read_text())["results"]
+    assert record["right"] and all(launch["instructions"] > 0 and launch["warps"] for launch in record["launches"])
+    assert {"_task_reduce_chunks_kernel", "_task_reduce_bwd_kernel"} <= {launch["kernel"] for launch in record["launches"]}
+
+
+@interpreted
+def test_a_wrong_result_and_a_finding_fail_the_command(monkeypatch, capsys):
+    from mtkernels.triton_kernels import task_reduce
+
+    right = task_reduce.task_reduce_fwd
+    monkeypatch.setattr(task_reduce, "task_reduce_fwd", lambda *args: right(*args) * 1.01)
+    assert cli.main(["run", "task_reduce"]) == 1
+    assert "WRONG, out" in capsys.readouterr().out
+    monkeypatch.setattr(task_reduce, "task_reduce_fwd", lambda values, coef, offsets, *rest: right(values[:-9], coef, offsets, *rest))
+    assert cli.main(["run", "task_reduce"]) == 1
+    assert "FINDING out of bounds" in capsys.readouterr().out
+
+
+# races
+
+
+@interpreted
+def test_races_compares_bits_and_reports_findings(monkeypatch, capsys, tmp_path):
+    from mtkernels.lab import cli_races, problems
+
+    path = tmp_path / "races.json"
+    assert cli.main(["races", "group_plan", "--orders", "2", "--json", str(path)]) == 0
+    (result,) = json.loads(path.read_text())["results"]
+    assert result["orders"] == 2 and not result["bad"]
+    capsys.readouterr()
+    results, calls = problems.results, []
+
+    def drifting(op, dtype, backend):
+        calls.append(op)
+        found = results(op, dtype, backend)
+        return {**found, "perm": found["perm"] + len(calls)}
+
+    monkeypatch.setattr(problems, "results", drifting)
+    assert cli.main(["races", "group_plan"]) == 1 and "differ: perm" in capsys.readouterr().out
+    outcome = cli_races.in_orders("group_plan", "triton", torch.bfloat16, range(2))
+    assert outcome.bad and outcome.different == ["perm"]
+
+
+@interpreted
+def test_a_race_is_found(monkeypatch):
+    import probe_kernels as k
+
+    from mtkernels.lab import cli_races, problems
+
+    def racy(op, dtype, backend):
+        out = torch.zeros(16)
+        k.split_sum_kernel[(4,)](torch.ones(8, 16), out, ROWS=2, N=16, BUG="no atomic")
+        return {"out": out}
+
+    monkeypatch.setattr(problems, "results", racy)
+    outcome = cli_races.in_orders("task_reduce", "triton", torch.float32, range(2))
+    assert outcome.bad and any("race" in text for _, text in outcome.findings)
+
+
+# Files of other packages
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package that cannot be imported, with one good file in it."""
+    (tmp_path / "heavyweight" / "ops").mkdir(parents=True)
+    (tmp_path / "heavyweight" / "__init__.py").write_text("raise RuntimeError('needs a GPU')")
+    (tmp_path / "heavyweight" / "ops" / "good.py").write_text(
+        "from absent_logger import log\nfrom heavyweight.config import TILE, other\n\ndef double(x):\n    log(other.deep(x))\n    return TILE * x\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_one_file_of_a_package(package):
+    from mtkernels.bench import isolated
+
+    (good,) = isolated.load("heavyweight", ["ops.good"], {"heavyweight.config": {"TILE": 2}}, others=("absent_logger",))
+    assert good.double(21) == 42
+    assert not {"heavyweight", "heavyweight.config", "absent_logger"} & set(sys.modules), "nothing is left behind"
+
+
+def test_a_package_or_file_that_is_not_there(package):
+    from mtkernels.bench import isolated
+
+    with pytest.raises(registry.Unavailable, match="^not installed$"):
+        isolated.load("no_such_package", ["x"])
+    with pytest.raises(registry.Unavailable, match="heavyweight of unknown version has no ops/bad.py"):
+        isolated.load("heavyweight", ["ops.good", "ops.bad"])
+
+
+# Calls that make no sense
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        ([], "command"),
+        (["nosuch"], "nosuch"),
+        (["cost", "nosuch"], "nosuch"),
+        (["cost", "lora", "--case", "nosuch"], "nosuch"),
+        (["cost", "--provider", "nosuch"], "nosuch"),
+        (["cost", "task_reduce", "--shape", "K=3"], "K=3"),
+        (["cost", "task_reduce", "--shape", "T=x"], "T=x"),
+        (["run", "nosuch"], "nosuch"),
+        (["run", "--on", "tpu"], "tpu"),
+        (["races", "--orders", "1"], "at least 2"),
+    ],
+)
+def test_refusals_by_name(arguments, named, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2 and named in capsys.readouterr().err
+
+
+def test_help_lists_the_commands(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    said = capsys.readouterr().out
+    assert all(name in said for name in cli.COMMANDS)
+
+
+# Tables
+
+
+def test_tables_align():
+    text = tables.table(["op", "bytes\nMB"], [["a", 1.5], ["long", 22]])
+    assert text == "      bytes\nop       MB\na       1.5\nlong     22"
+
+
+@pytest.mark.parametrize("value, text", [(None, ""), (0, "0"), (1234.5, "1234"), (12.345, "12.3"), (1.0, "1.00"), (0.1234, "0.123"), (0.00012, "1.2e-04")])
+def test_three_digits(value, text):
+    assert tables.significant(value) == text
