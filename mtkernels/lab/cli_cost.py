@@ -5,12 +5,15 @@ Counts hold for exactly the shapes shown; bounds are rooflines on published peak
 """
 
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from unittest import mock
 
 from . import tables
 from .roofline import CARDS, LABEL, bound_us
 
 PASSES = {"forward": ("fwd",), "backward": ("bwd",), "total": ("fwd", "bwd")}
+TILES = ("sm_80", "sm_86", "sm_90", "sm_100")
 KINDS = ("triton", "vendor GEMM", "torch")
 NOTES = f"""distinct: bytes of the different 32-byte sectors a launch touches, summed over launches; requested: bytes its programs ask for.
 x least: distinct against operands read once and results written once; x split: against the least of separate launches
@@ -25,6 +28,7 @@ def add_arguments(parser):
     parser.add_argument("--case", metavar="TEXT", default="", help="only cases whose name contains TEXT")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="instead of each case's own; may be repeated")
     parser.add_argument("--shape", nargs="+", metavar="KEY=VALUE", default=[], help="other sizes, such as T=512 ranks=4,8,16 shares=0.5,0.25,0.25")
+    parser.add_argument("--tiles", choices=TILES, default="sm_90", help="count our kernels as configured for this GPU (default sm_90)")
     parser.add_argument("--provider", metavar="NAME", action="append", help="only these, such as triton or liger; may be repeated")
     parser.add_argument("--launches", action="store_true", help="also list every launch")
     parser.add_argument("--json", metavar="FILE", help="write everything counted")
@@ -47,16 +51,26 @@ def run(args):
     selected = [(suite, replace(case, shape=with_sizes(case.shape, args.shape))) for suite, case in selected]
     results = []
     for suite, case in selected:
-        records = list(count_case(suite, case, args.provider))
-        _print(case, records, args.launches)
+        with configured_for(args.tiles):
+            records = list(count_case(suite, case, args.provider))
+        _print(case, records, args)
         results += records
     print(f"\n{NOTES}")
     if args.json:
-        tables.write_json(args.json, "cost", label=LABEL, cards={name: asdict(card) for name, card in CARDS.items()}, results=results)
+        tables.write_json(args.json, "cost", label=LABEL, tiles=args.tiles, cards={name: asdict(card) for name, card in CARDS.items()}, results=results)
     wrong = [r for r in results if r.get("failed") or r.get("findings")]
     for record in wrong:
         print(f"{record['op']} {record['case']} {record['provider']}: {record.get('reason') or record['findings']}", file=sys.stderr)
     return 1 if wrong else 0
+
+
+@contextmanager
+def configured_for(target):
+    """Our launchers take the tiles of this GPU in the block, "sm_90" for example."""
+    from . import driver
+
+    with mock.patch.object(driver, "arch", lambda: int(target.removeprefix("sm_"))):
+        yield
 
 
 def with_sizes(shape, sizes):
@@ -144,19 +158,19 @@ def _least_bounds(least, dtype):
     return {card: bound_us([Launch("", "", least.bytes, least.bytes, flops)], card) for card in CARDS}
 
 
-def _print(case, records, every_launch):
+def _print(case, records, args):
     columns = ["pass", "provider", *(k.replace(" ", "\n") for k in KINDS), "distinct\nMB", "requested\nMB", "x least", "x split"]
     columns += ["issued\nGFLOP", "useful/\nissued", *(f"{card} us\n{LABEL.replace(', ', ',' + chr(10))}" for card in CARDS)]
     counted = [r for r in records if "pass" in r]
     rows = [_row(r) for p in PASSES for r in counted if r["pass"] == p]
     kept = [i for i in range(len(columns)) if i < 2 or any(row[i] for row in rows)]
     shape = " ".join(f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in case.shape.items())
-    print(f"\n{case.op}  {case.name}  {case.dtype}  {shape}")
+    print(f"\n{case.op}  {case.name}  {case.dtype}  {shape}  tiles of {args.tiles}")
     print(tables.table([columns[i] for i in kept], [[row[i] for i in kept] for row in rows], left=2))
     for r in records:
         if "pass" not in r:
             print(f"  {r['provider']}: {r['reason']}")
-    if every_launch:
+    if args.launches:
         _print_launches(counted)
     sys.stdout.flush()
 

@@ -34,6 +34,8 @@ def run(args):
     if args.on == "cuda-emulated":
         from . import emulated
 
+        if why := emulated.refusal():
+            raise ValueError(why)
         stems = emulated.stems()
     records = []
     for op in chosen(args.names, stems):
@@ -52,7 +54,7 @@ def run_op(op, on, dtype, seed=0, lines=False):
     backend = "cuda" if on == "cuda-emulated" else "triton"
     with _open(on, seed, launches, findings, lines):
         found = problems.results(op, dtype, backend)
-    worst = problems.checks(op, dtype, found)[0] if found else None
+    worst = problems.checks(op, dtype, backend, found)[0] if found else None
     record = {"op": op, "right": worst is not None and worst.ok, "worst": worst and asdict(worst)}
     return {**record, "findings": findings, "launches": launches}
 

@@ -6,13 +6,10 @@ import torch
 
 from ..ops import STEMS, group_plan, stem_of
 from ..reference.group_plan import group_plan as reference_plan
-from ..testing import FLOOR, PROBLEMS, poisoned, relative_error
+from ..testing import FLOOR, PROBLEMS, large, poisoned, relative_error
 
 OPS = tuple(op for ops in STEMS.values() for op in ops)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Ragged groups, an empty one, one of a single row, rows without group, and one of several row tiles.
-IDS = [0, 2, -1, 4, 0, 5, 2, 2, -1, 4, 5, 5, 0, 3, 5, 2] * 3 + [2] * 150
-N_GROUPS = 6
 PLAN = ("ids", "counts", "offsets", "perm", "inv_perm", "tiles")
 
 
@@ -45,21 +42,32 @@ def results(op, dtype, backend):
     """{tensor: values} of the op on `backend`, outputs and gradients; outputs hold NaN before the kernels write them."""
     with poisoned():
         if op == "group_plan":
-            plan = group_plan(torch.tensor(IDS), N_GROUPS, step=0, backend=backend)
-            return dict(zip(PLAN, plan.tensors()))
-        return PROBLEMS[op](IDS, dtype, backend=backend).results()
+            return dict(zip(PLAN, group_plan(*_ids(), step=0, backend=backend).tensors()))
+        return _problem(op, dtype, backend).results()
 
 
-def checks(op, dtype, actual):
-    """A Check of each result, the worst first."""
+def checks(op, dtype, backend, actual):
+    """A Check of each of the results of an op on `backend`, the worst first."""
     if op == "group_plan":
-        exact = dict(zip(PLAN, reference_plan(torch.tensor(IDS), N_GROUPS)))
+        exact = dict(zip(PLAN, reference_plan(*_ids())))
         found = [Check(name, float((actual[name] != t).sum()), 0.0) for name, t in exact.items()]
     else:
-        exact, plain = PROBLEMS[op](IDS, dtype, exact=True), PROBLEMS[op](IDS, dtype)
+        exact, plain = _problem(op, dtype, backend, exact=True), _problem(op, dtype, backend)
         exact, plain = exact.results(exact.plain), plain.results(plain.plain)
         found = [_check(name, actual[name], plain[name], t, dtype) for name, t in exact.items()]
     return sorted(found, key=lambda c: (c.ok, -c.error / (c.limit or 1.0)))
+
+
+def _problem(op, dtype, backend, exact=False):
+    """Rows for several programs of every kernel; in the CUDA emulator every group costs a block of threads, so a few groups."""
+    ids, sizes = large(op)
+    return PROBLEMS[op](ids, dtype, backend=backend, exact=exact, **({} if backend == "cuda" else sizes))
+
+
+def _ids():
+    """Ragged groups, empty ones, rows without group, more rows and groups than a program takes."""
+    ids, sizes = large("task_reduce")
+    return torch.tensor(ids), sizes["n_groups"]
 
 
 def _check(name, actual, plain, exact, dtype):

@@ -157,6 +157,16 @@ def test_counts_of_task_reduce_by_hand():
 
 
 @interpreted
+def test_tiles_are_those_of_the_gpu_named():
+    from mtkernels.triton_kernels._common import arch_of
+
+    device = torch.device("cpu")
+    with cli_cost.configured_for("sm_100"):
+        assert arch_of(device) == "sm_100"
+    assert arch_of(device) == "default"
+
+
+@interpreted
 def test_counts_of_lora_by_hand():
     suite, case = suite_case("lora_linear", T=128, D=128, O=128, ranks=(16, 16), shares=(0.5, 0.5))
     records = {(r["provider"], r["pass"]): r for r in cli_cost.count_case(suite, case, ["triton", "loop", "base"])}
@@ -258,7 +268,68 @@ def test_a_wrong_result_and_a_finding_fail_the_command(monkeypatch, capsys):
     assert "FINDING out of bounds" in capsys.readouterr().out
 
 
+@ordinary
+def test_what_the_virtual_gpu_finds_is_recorded(monkeypatch):
+    pytest.importorskip("triton", minversion="3.8")
+    import feature_kernels as k
+
+    from mtkernels.lab import problems
+
+    def stray(op, dtype, backend):
+        x = torch.zeros(100)
+        k.affine_kernel[(4,)](x, x.clone(), 1000, BLOCK=256)
+
+    monkeypatch.setattr(problems, "results", stray)
+    record = cli_run.run_op("task_reduce", "virtual-sm80", torch.float32)
+    assert not record["right"] and "out of bounds" in record["findings"][0]
+
+
+@pytest.fixture
+def emulated():
+    from mtkernels.lab import emulated
+
+    if why := emulated.refusal():
+        pytest.skip(why)
+    return emulated
+
+
+@ordinary
+def test_run_in_the_cuda_emulator(emulated, tmp_path, capsys):
+    path = tmp_path / "run.json"
+    assert cli.main(["run", "--on", "cuda-emulated", "--dtype", "fp32", "--json", str(path)]) == 0
+    (record,) = json.loads(path.read_text())["results"]
+    assert record["op"] == "task_reduce" and record["right"]
+    forward, backward = record["launches"]
+    assert "fwd" in forward["kernel"] and forward["shared requests"] > 0 and backward["sectors/request"] >= 1
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["run", "lora", "--on", "cuda-emulated"])
+    assert stop.value.code == 2 and "lora_linear, lora_delta cannot run there; task_reduce can" in capsys.readouterr().err
+
+
+@ordinary
+def test_a_cuda_mistake_fails_run_and_races(emulated, monkeypatch):
+    from mtkernels.lab import cli_races
+    from mtkernels.lab.cuda_emulator import Finding, KernelMistake
+
+    def mistaken(self, stem, entry, args):
+        raise KernelMistake([Finding("data-race", "x.cu", 3, "write against write", "tsan")])
+
+    monkeypatch.setattr(emulated.EmulatedCuda, "launch", mistaken)
+    record = cli_run.run_op("task_reduce", "cuda-emulated", torch.float32)
+    assert not record["right"] and record["worst"] is None and "x.cu:3: data-race" in record["findings"][0]
+    outcome = cli_races.in_orders("task_reduce", "cuda", torch.float32, range(2))
+    assert outcome.bad and [seed for seed, _ in outcome.findings] == [0, 1]
+
+
 # races
+
+
+@ordinary
+def test_races_runs_cuda_kernels_too(emulated, tmp_path):
+    path = tmp_path / "races.json"
+    status, said = run("races", "task_reduce", "--orders", "2", "--dtype", "fp32", "--json", str(path))
+    assert status == 0, said
+    assert [(r["backend"], r["orders"], r["bad"]) for r in json.loads(path.read_text())["results"]] == [("triton", 2, False), ("cuda", 2, False)]
 
 
 @interpreted
@@ -285,7 +356,7 @@ def test_races_compares_bits_and_reports_findings(monkeypatch, capsys, tmp_path)
 
 @interpreted
 def test_a_race_is_found(monkeypatch):
-    import probe_kernels as k
+    import broken_kernels as k
 
     from mtkernels.lab import cli_races, problems
 
