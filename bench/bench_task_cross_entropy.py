@@ -30,7 +30,7 @@ def inputs(case, device):
         leaves = {"hidden": draw.leaf(s["T"], s["H"]), "weight": draw.leaf(s["V"], s["H"], std=s["H"] ** -0.5)}
     else:
         leaves = {"logits": draw.leaf(s["T"], s["V"])}
-    return Problem(case, leaves, fixed, draw.normal(s["J"], dtype=torch.float32), ("logits", "hidden"))
+    return Problem(case, leaves, fixed, draw.normal(s["J"], dtype=torch.float32), tuple(leaves)[:1])
 
 
 def cost(case):
