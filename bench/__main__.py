@@ -42,7 +42,7 @@ def parser():
     p = argparse.ArgumentParser("python -m mtkernels.bench", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     peers = provider_names(("peer",))
     p.add_argument("names", nargs="*", metavar="stem-or-op", help="what to run (default: everything); see --list")
-    p.add_argument("--preset", choices=PRESETS, help="quick: about a minute; bars: the cases with a speed to reach; full: all (default quick)")
+    p.add_argument("--preset", choices=PRESETS, help="quick: about a minute; bars: the cases with a speed to reach; full: all; cost: those that mtkernels.lab cost counts (default quick)")
     p.add_argument("--bars", action="store_true", help="preset bars, and exit non-zero if a bar is missed")
     p.add_argument("--mode", type=_list_of("mode", MODES), help="fwd,bwd,full")
     p.add_argument("--dtype", type=_list_of("dtype", tuple(DTYPES)), help="fp32,bf16,fp16 (default: each case's own)")

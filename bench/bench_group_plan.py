@@ -3,8 +3,9 @@
 import torch
 
 import mtkernels as mtk
+from mtkernels.plan import TILE_ROWS
 
-from .registry import Case, Problem, Provider, Draw, ours
+from .registry import Case, Draw, Problem, Provider, Work, ours
 
 SMALL, ROUTED = dict(T=2048, G=8), dict(T=65536, G=64)
 
@@ -12,7 +13,7 @@ SMALL, ROUTED = dict(T=2048, G=8), dict(T=65536, G=64)
 def cases():
     options = dict(dtypes=("int64",), modes=("fwd",), training=False)
     return [
-        Case("group_plan", "adapters", SMALL, "torch", ("quick", "full"), **options),
+        Case("group_plan", "adapters", SMALL, "torch", ("quick", "full", "cost"), **options),
         Case("group_plan", "routed rows", ROUTED, "torch", ("quick", "full"), **options),
     ]
 
@@ -22,8 +23,11 @@ def inputs(case, device):
     return Problem(case, {}, {"ids": ids})
 
 
-def cost(case, mode):
-    return 2 * 8 * case.shape["T"] + 3 * 4 * case.shape["T"], 0
+def cost(case):
+    # reads the ids; writes ids, permutation and its inverse, counts, offsets, and a tile table per tile height
+    n_rows, n_groups = case.shape["T"], case.shape["G"]
+    n_int32 = 3 * n_rows + n_groups + (1 + len(TILE_ROWS)) * (n_groups + 1)
+    return {"fwd": Work(8 * n_rows + 4 * n_int32, 0)}
 
 
 def run(problem, backend):

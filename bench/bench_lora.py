@@ -10,7 +10,7 @@ from mtkernels import _native
 from mtkernels.testing import plain_lora
 
 from . import peers
-from .registry import DTYPES, Bar, Case, Draw, Problem, Provider, ours
+from .registry import DTYPES, Bar, Case, Draw, Problem, Provider, Work, ours
 
 SCALE, STEP = 2.0, 11
 MIXED = dict(T=2048, D=1024, O=1024, ranks=(4, 8, 8, 16, 16, 32, 64, 64), p=0.05)
@@ -19,6 +19,10 @@ DECODE = dict(T=32, D=1024, O=1024, ranks=(16,) * 32, p=0.0)
 # Several targets: a width and a rank each; `adapters` of them.
 QKV = dict(T=2048, D=1024, O=(1024, 256, 256), ranks=(16, 8, 8), adapters=8, p=0.05)
 EQUAL = {**QKV, "O": (1024, 1024, 1024)}
+EVEN = dict(T=2048, D=1024, O=1024, ranks=(4, 8, 8, 16, 16, 32, 64, 64), p=0.0)
+WIDE = {**EVEN, "ranks": (16, 32, 64, 16, 32, 64, 16, 32)}
+SKEWED = {**EVEN, "shares": (0.05, 0.25, 0.008, 0.333, 0.1, 0.07, 0.16, 0.029)}
+DELTA = {**EVEN, "T": 512, "D": 512, "O": 512}
 BARS = {
     "fp32": (Bar("cpu", "base", 1.20),),
     "bf16": (Bar("cpu", "cpu fp32", 1.15, emulated=True), Bar("loop", "cpu", 4.0, at_least=True, emulated=True)),
@@ -37,6 +41,10 @@ def cases():
         Case("lora_linear_group", "qkv", QKV, "base", ("quick", "bars", "full"), bars=GROUP),
         Case("lora_linear_group", "qkv, equal widths", EQUAL, "base", ("bars", "full")),
         Case("lora_delta", "mixed", MIXED, "loop", ("full",)),
+        Case("lora_linear", "even", EVEN, "base", ("cost",), dtypes=("bf16",)),
+        Case("lora_linear", "even, 16 to 64", WIDE, "base", ("cost",), dtypes=("bf16",)),
+        Case("lora_linear", "skewed", SKEWED, "base", ("cost",), dtypes=("bf16",)),
+        Case("lora_delta", "even", DELTA, "loop", ("cost",), dtypes=("bf16",)),
     ]
 
 
@@ -51,6 +59,16 @@ def _n_adapters(shape):
     return shape.get("adapters", len(shape["ranks"]))
 
 
+def rows_of(shape):
+    """Rows of each adapter: even, or by `shares` of the T rows, which add up to 1."""
+    n = _n_adapters(shape)
+    shares = shape.get("shares", (1 / n,) * n)
+    if len(shares) != n or abs(sum(shares) - 1) > 1e-6:
+        raise ValueError(f"shares {shares} of {n} adapters; give one for each, adding up to 1")
+    ends = [round(sum(shares[: i + 1]) * shape["T"]) for i in range(n)]
+    return [end - begin for begin, end in zip([0, *ends], ends)]
+
+
 def inputs(case, device):
     draw, s, fixed = Draw(case, device), case.shape, {}
     leaves = {"x": draw.leaf(s["T"], s["D"])}
@@ -58,23 +76,25 @@ def inputs(case, device):
         for i, r in enumerate(ranks):
             leaves[f"A{g}.{i}"], leaves[f"B{g}.{i}"] = draw.leaf(r, s["D"], std=s["D"] ** -0.5), draw.leaf(O, r, std=r**-0.5)
         fixed[f"weight {g}"] = draw.normal(O, s["D"], std=s["D"] ** -0.5)
-    fixed["ids"] = draw.ints(_n_adapters(s), s["T"])
+    fixed["ids"] = draw.shuffled(rows_of(s))
     upstream = tuple(draw.normal(s["T"], O) for O, _ in _targets(s))
     return Problem(case, leaves, fixed, upstream if _group(case) else upstream[0], ("x",), case.training)
 
 
-def cost(case, mode):
+def cost(case):
+    """split_bytes: shrink and expand apart from each other, the frozen layer's product fused with one of them."""
     s, width = case.shape, DTYPES[case.dtype].itemsize
-    base = lora = outs = factors = 0
-    for O, ranks in _targets(s):
-        base += 2 * s["T"] * s["D"] * O * (case.op != "lora_delta")
-        lora += 2 * s["T"] * sum(ranks) / len(ranks) * (s["D"] + O)
-        outs += s["T"] * O
-        factors += (s["D"] + O) * sum(ranks) + s["D"] * O
-    rows = s["T"] * s["D"] + outs
-    forward, backward = rows + factors, 2 * rows + 2 * factors
-    n_bytes, flops = {"fwd": (forward, base + lora), "bwd": (backward, base + 2 * lora), "full": (forward + backward, 2 * base + 3 * lora)}[mode]
-    return n_bytes * width, flops
+    T, D, targets = s["T"], s["D"], _targets(s)
+    weight = D * sum(O for O, _ in targets) * (case.op != "lora_delta")
+    outs, factors = T * sum(O for O, _ in targets), sum((D + O) * sum(ranks) for O, ranks in targets)
+    base = 2 * T * weight
+    lora = sum(2 * (D + O) * sum(n * r for n, r in zip(rows_of(s), ranks)) for O, ranks in targets)
+    # the backward reads x and dy, writes dx, and reads and writes the factors
+    forward, backward = T * D + outs + weight + factors, 2 * T * D + outs + weight + 2 * factors
+    split = (2 * T * D + outs + weight, 2 * T * D + 2 * outs + weight) if weight else (None, None)
+    split = [n and n * width for n in split]
+    fwd = Work(forward * width, base + lora, lora, base, split[0])
+    return {"fwd": fwd, "bwd": Work(backward * width, base + 2 * lora, 2 * lora, base, split[1])}
 
 
 def saved_limit(case):
@@ -178,6 +198,18 @@ def _alone(case):
     return not _group(case)
 
 
+def _engine(name, problem):
+    peers.require("triton")
+    from . import lora_engines
+
+    base = () if name == "lorafusion" else (partial(_base, problem),)
+    return getattr(lora_engines, name)(problem, *base, *_factors(problem), SCALE, _plan(problem))
+
+
+def _narrow(case):
+    return case.dtype != "fp32"
+
+
 def _linear(case):
     return case.op == "lora_linear"
 
@@ -192,4 +224,7 @@ PROVIDERS = (
     Provider("loop", lambda p: peers.lora_loop(p, partial(_base, p), *_factors(p), SCALE), applies=_alone),
     Provider("padded", lambda p: peers.lora_padded(p, partial(_base, p), *_factors(p), SCALE, _plan(p)), applies=_alone),
     Provider("peft", lambda p: peers.lora_peft(p, *_factors(p), SCALE), applies=_linear),
+    Provider("lorafusion", partial(_engine, "lorafusion"), applies=lambda case: _linear(case) and case.training and _narrow(case)),
+    Provider("sglang", partial(_engine, "sglang"), applies=_narrow),
+    Provider("vllm", partial(_engine, "vllm"), applies=_narrow),
 )

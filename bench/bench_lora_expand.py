@@ -4,10 +4,11 @@ import torch
 
 import mtkernels as mtk
 
-from .registry import DTYPES, Case, Draw, Problem, Provider, ours
+from .registry import DTYPES, Case, Draw, Problem, Provider, Work, ours
 
 SCALE = 2.0
 MIXED = dict(T=2048, O=1024, ranks=(4, 8, 8, 16, 16, 32, 64, 64), K=1)
+EVEN = dict(T=512, O=512, ranks=(4, 8, 8, 16, 16, 32, 64, 64), K=1)
 GATED = dict(T=2048, O=1024, ranks=(16,) * 8, K=2)
 
 
@@ -15,6 +16,7 @@ def cases():
     return [
         Case("lora_expand", "mixed", MIXED, "loop", ("quick", "full")),
         Case("lora_expand", "two gated adapters a row", GATED, "loop", ("full",)),
+        Case("lora_expand", "even", EVEN, "loop", ("cost",), dtypes=("bf16",)),
     ]
 
 
@@ -25,13 +27,12 @@ def inputs(case, device):
     return Problem(case, leaves, {"ids": draw.ints(len(s["ranks"]), s["T"], s["K"])}, draw.normal(s["T"], s["O"]), ("s",))
 
 
-def cost(case, mode):
+def cost(case):
     s, width = case.shape, DTYPES[case.dtype].itemsize
     rank_space, factors, out = s["T"] * s["K"] * max(s["ranks"]), s["O"] * sum(s["ranks"]), s["T"] * s["O"]
-    forward, backward = rank_space + factors + 2 * out, 2 * (rank_space + factors) + out
     flops = 2 * s["T"] * s["K"] * s["O"] * sum(s["ranks"]) / len(s["ranks"])
-    n, times = {"fwd": (forward, 1), "bwd": (backward, 2), "full": (forward + backward, 3)}[mode]
-    return n * width, times * flops
+    backward = 2 * (rank_space + factors) + out
+    return {"fwd": Work((rank_space + factors + 2 * out) * width, flops, flops), "bwd": Work(backward * width, 2 * flops, 2 * flops)}
 
 
 def saved_limit(case):

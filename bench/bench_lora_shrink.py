@@ -6,10 +6,11 @@ import torch.nn.functional as F
 import mtkernels as mtk
 from mtkernels.reference.philox import keep_mask
 
-from .registry import DTYPES, Case, Draw, Problem, Provider, ours
+from .registry import DTYPES, Case, Draw, Problem, Provider, Work, ours
 
 STEP = 11
 MIXED = dict(T=2048, D=1024, ranks=(4, 8, 8, 16, 16, 32, 64, 64), p=0.05)
+EVEN = dict(T=512, D=512, ranks=(4, 8, 8, 16, 16, 32, 64, 64), p=0.0)
 EXPERTS = dict(T=2048, D=1024, ranks=(16,) * 32, p=0.0)
 
 
@@ -17,6 +18,7 @@ def cases():
     return [
         Case("lora_shrink", "mixed", MIXED, "loop", ("quick", "full")),
         Case("lora_shrink", "32 adapters", EXPERTS, "loop", ("full",)),
+        Case("lora_shrink", "even", EVEN, "loop", ("cost",), dtypes=("bf16",)),
     ]
 
 
@@ -26,11 +28,13 @@ def inputs(case, device):
     return Problem(case, leaves, {"ids": draw.ints(len(s["ranks"]), s["T"])}, draw.normal(s["T"], max(s["ranks"])), ("x",))
 
 
-def cost(case, mode):
-    s, passes = case.shape, {"fwd": (1, 1), "bwd": (2, 2), "full": (3, 3)}[mode]
+def cost(case):
+    s, width = case.shape, DTYPES[case.dtype].itemsize
     rows, factors = s["T"] * (s["D"] + max(s["ranks"])), s["D"] * sum(s["ranks"])
     flops = 2 * s["T"] * s["D"] * sum(s["ranks"]) / len(s["ranks"])
-    return passes[0] * (rows + factors) * DTYPES[case.dtype].itemsize, passes[1] * flops
+    # the backward reads x and ds, writes dx, and reads and writes the factors
+    backward = rows + s["T"] * s["D"] + 2 * factors
+    return {"fwd": Work((rows + factors) * width, flops, flops), "bwd": Work(backward * width, 2 * flops, 2 * flops)}
 
 
 def saved_limit(case):

@@ -6,9 +6,10 @@ import torch.nn.functional as F
 import mtkernels as mtk
 
 from . import peers
-from .registry import DTYPES, Bar, Case, Draw, Problem, Provider, ours
+from .registry import DTYPES, Bar, Case, Draw, Problem, Provider, Work, ours
 
 LANGUAGE, LABELS, SLICE = dict(T=1024, V=32000, J=8), dict(T=4096, V=1024, J=8), dict(T=128, V=32000, J=8)
+COUNTED, HIDDEN = dict(T=64, V=32000, J=8), dict(T=256, V=8192, J=8, H=256)
 BARS = {"fp32": (Bar("cpu", "torch", 0.5),)}
 
 
@@ -17,19 +18,30 @@ def cases():
         Case("task_cross_entropy", "labels", LABELS, "torch", ("quick", "bars", "full"), dtypes=("fp32",), bars=BARS),
         Case("task_cross_entropy", "vocabulary, few rows", SLICE, "torch", ("quick",)),
         Case("task_cross_entropy", "vocabulary", LANGUAGE, "torch", ("bars", "full"), dtypes=("fp32",), bars=BARS),
+        Case("task_cross_entropy", "vocabulary, 64 rows", COUNTED, "torch", ("cost",), dtypes=("bf16",)),
+        Case("task_cross_entropy", "from hidden states", HIDDEN, "torch", ("cost",), dtypes=("bf16",)),
     ]
 
 
 def inputs(case, device):
     draw, s = Draw(case, device), case.shape
     fixed = {"target": draw.ints(s["V"], s["T"]), "ids": draw.ints(s["J"], s["T"])}
-    return Problem(case, {"logits": draw.leaf(s["T"], s["V"])}, fixed, draw.normal(s["J"], dtype=torch.float32), ("logits",))
+    if "H" in s:
+        leaves = {"hidden": draw.leaf(s["T"], s["H"]), "weight": draw.leaf(s["V"], s["H"], std=s["H"] ** -0.5)}
+    else:
+        leaves = {"logits": draw.leaf(s["T"], s["V"])}
+    return Problem(case, leaves, fixed, draw.normal(s["J"], dtype=torch.float32), tuple(leaves)[:1])
 
 
-def cost(case, mode):
-    passes = {"fwd": 1, "bwd": 2, "full": 3}[mode]  # the backward reads logits and writes their gradient
-    elements = case.shape["T"] * case.shape["V"] * passes
-    return elements * DTYPES[case.dtype].itemsize, 4 * elements
+def cost(case):
+    n_rows, logits = case.shape["T"], case.shape["T"] * case.shape["V"]
+    # target and task of each row, and a float a task; the backward reads logits and writes their gradient
+    small, width = n_rows * (8 + 4) + 4 * case.shape["J"], DTYPES[case.dtype].itemsize
+    if "H" in case.shape:  # logits need not be stored; the backward reads and writes hidden states and weight
+        operands, product = (n_rows + case.shape["V"]) * case.shape["H"] * width, 2 * logits * case.shape["H"]
+        forward = Work(operands + small, product + 4 * logits, product)
+        return {"fwd": forward, "bwd": Work(2 * operands + small, 2 * product + 8 * logits, 2 * product)}
+    return {"fwd": Work(logits * width + small, 4 * logits), "bwd": Work(2 * logits * width + small, 8 * logits)}
 
 
 def saved_limit(case):
@@ -41,17 +53,21 @@ def _plan(problem):
     return mtk.group_plan(problem.fixed["ids"], problem.case.shape["J"], step=0)
 
 
+def _logits(problem):
+    return problem.leaves["logits"] if "logits" in problem.leaves else F.linear(*problem.leaves.values())
+
+
 def run(problem, backend):
-    logits, target, ids, n_tasks, plan = problem.leaves["logits"], *problem.fixed.values(), problem.case.shape["J"], _plan(problem)
+    target, ids, n_tasks, plan = *problem.fixed.values(), problem.case.shape["J"], _plan(problem)
     return problem.call(
-        lambda: mtk.task_cross_entropy(logits, target, ids, n_tasks, "sum", plan=plan, backend=backend).losses,
+        lambda: mtk.task_cross_entropy(_logits(problem), target, ids, n_tasks, "sum", plan=plan, backend=backend).losses,
         given=plan.tensors(),
     )
 
 
 def _with_nll(problem, nll):
-    logits, target, ids, sums = problem.leaves["logits"], *problem.fixed.values(), problem.upstream.new_zeros(problem.case.shape["J"])
-    return problem.call(lambda: sums.index_add(0, ids, nll(logits, target).to(sums.dtype)))
+    target, ids, sums = *problem.fixed.values(), problem.upstream.new_zeros(problem.case.shape["J"])
+    return problem.call(lambda: sums.index_add(0, ids, nll(_logits(problem), target).to(sums.dtype)))
 
 
 def _nll(logits, target):
@@ -66,6 +82,7 @@ PROVIDERS = (
     *ours(run),
     Provider("plan", lambda p: p.call(lambda: _plan(p), {}), "part"),
     Provider("torch", plain),
-    Provider("compile", lambda p: _with_nll(p, peers.compiled(_nll, p.upstream.device.type)), slow=True),
+    Provider("compile", lambda p: _with_nll(p, peers.compiled(_nll, p.upstream.device.type)), slow=True, countable=False),
     Provider("liger", lambda p: _with_nll(p, peers.liger_cross_entropy(p.upstream.device.type))),
+    Provider("liger linear", peers.liger_linear_cross_entropy, applies=lambda case: "H" in case.shape),
 )

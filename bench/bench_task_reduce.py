@@ -4,14 +4,14 @@ import torch
 
 import mtkernels as mtk
 
-from .registry import DTYPES, Case, Draw, Problem, Provider, ours
+from .registry import DTYPES, Case, Draw, Problem, Provider, Work, ours
 
 BATCH, LONG = dict(T=8192, J=8), dict(T=262144, J=8)
 
 
 def cases():
     return [
-        Case("task_reduce", "batch", BATCH, "torch", ("quick", "full")),
+        Case("task_reduce", "batch", BATCH, "torch", ("quick", "full", "cost")),
         Case("task_reduce", "long", LONG, "torch", ("quick", "full")),
     ]
 
@@ -23,10 +23,11 @@ def inputs(case, device):
     return Problem(case, leaves, fixed, draw.normal(case.shape["J"], dtype=torch.float32), ("values", "coef"))
 
 
-def cost(case, mode):
-    per_row = DTYPES[case.dtype].itemsize + 4
-    passes = {"fwd": 1, "bwd": 2, "full": 3}[mode]  # the backward reads and writes both
-    return case.shape["T"] * (passes * per_row + 4), case.shape["T"] * 2 * passes
+def cost(case):
+    n_rows, per_row, sums = case.shape["T"], DTYPES[case.dtype].itemsize + 4, 4 * case.shape["J"]
+    # 4 bytes a row name its task; the backward reads and writes both values and coef
+    forward = Work(n_rows * (per_row + 4) + sums, 2 * n_rows)
+    return {"fwd": forward, "bwd": Work(n_rows * (2 * per_row + 4) + sums, 2 * n_rows)}
 
 
 def saved_limit(case):

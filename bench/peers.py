@@ -7,6 +7,8 @@ from importlib import import_module
 import torch
 import torch.nn.functional as F
 
+from mtkernels import _backends
+
 from .registry import Unavailable
 
 
@@ -15,6 +17,12 @@ def require(module, package=None):
         return import_module(module)
     except ImportError as error:
         raise Unavailable(f"{package or module} does not import: {error}; pip install {package or module}") from error
+
+
+def takes_triton(device):
+    """Refuse tensors that Triton kernels cannot take here."""
+    if device != "cuda" and not _backends.emulating():
+        raise Unavailable("its Triton kernels take CUDA tensors, and CPU tensors only under TRITON_INTERPRET=1")
 
 
 def _first_line(error):
@@ -100,7 +108,14 @@ def lora_peft(problem, A, B, scale):
 
 def liger_cross_entropy(device):
     """Liger's per-token cross entropy."""
-    if device != "cuda":
-        raise Unavailable("Liger's kernels take CUDA tensors only")
+    takes_triton(device)
     loss = require("liger_kernel.transformers", "liger-kernel").LigerCrossEntropyLoss(reduction="none")
     return lambda logits, target: loss(logits, target)
+
+
+def liger_linear_cross_entropy(problem):
+    """Liger's fused linear cross entropy: one sum over all tasks, shared out evenly, as it takes no upstream gradient per row."""
+    takes_triton(problem.upstream.device.type)
+    loss = require("liger_kernel.transformers", "liger-kernel").LigerFusedLinearCrossEntropyLoss(reduction="sum")
+    hidden, weight, n_tasks = *problem.leaves.values(), problem.case.shape["J"]
+    return problem.call(lambda: (loss(weight, hidden, problem.fixed["target"]) / n_tasks).expand(n_tasks))

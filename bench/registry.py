@@ -1,7 +1,8 @@
 """What is measured: a Case is one op at one shape and dtype, a Provider one way to compute it.
 
-A suite is a module bench_<stem>.py: cases(), inputs(case, device), cost(case, mode) -> (bytes, flops),
+A suite is a module bench_<stem>.py: cases(), inputs(case, device), cost(case) -> {"fwd": Work, "bwd": Work},
 run(problem, backend) -> Call, plain(problem) -> Call (eager torch, the accuracy yardstick), saved_limit(case) and PROVIDERS.
+Cases of preset "cost" are those that `python -m mtkernels.lab cost` counts, small enough for Triton's interpreter.
 """
 
 from collections.abc import Callable
@@ -16,12 +17,33 @@ from mtkernels.ops import STEMS
 
 MODES = ("fwd", "bwd", "full")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PRESETS = ("quick", "bars", "full")
-DEFAULT_MODES = {"quick": ("fwd", "full"), "bars": ("full",), "full": MODES}
+PRESETS = ("quick", "bars", "full", "cost")
+DEFAULT_MODES = {"quick": ("fwd", "full"), "bars": ("full",), "full": MODES, "cost": MODES}
 
 
 class Unavailable(Exception):
     """This provider cannot run this case; the message is the reason shown to the user."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a pass has to do at least, whatever computes it; passes add up.
+
+    bytes: operands read once and results written once. flops: all useful arithmetic; of it matrix products that belong to
+    the op (tensor_flops), and those of a frozen layer beside it (base_flops). split_bytes: the least traffic when parts
+    of the pass are launches of their own, where the suite has a model of that.
+    """
+
+    bytes: int
+    flops: int
+    tensor_flops: int = 0
+    base_flops: int = 0
+    split_bytes: int | None = None
+
+    def __add__(self, other):
+        split = None if self.split_bytes is None or other.split_bytes is None else self.split_bytes + other.split_bytes
+        sums = (getattr(self, f) + getattr(other, f) for f in ("bytes", "flops", "tensor_flops", "base_flops"))
+        return Work(*sums, split)
 
 
 @dataclass(frozen=True)
@@ -148,6 +170,11 @@ class Draw:
     def leaf(self, *shape, **options):
         return self.normal(*shape, **options).requires_grad_(self.case.training)
 
+    def shuffled(self, counts):
+        """int64 ids: counts[i] times i, in random order."""
+        ids = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        return ids[torch.randperm(len(ids), generator=self.generator)].to(self.device)
+
     def ints(self, high, *shape, low=0):
         return torch.randint(low, high, shape, generator=self.generator).to(self.device)
 
@@ -156,13 +183,15 @@ class Draw:
 class Provider:
     """kind: "ours" is verified and must pass, "peer" is verified and reported, "part" computes something else (a floor, a piece).
 
-    slow: not in the preset quick unless named. applies: cases it belongs to.
+    slow: not in the preset quick unless named. applies: cases it belongs to. countable: its launches can be seen one by
+    one without a GPU, so `python -m mtkernels.lab cost` has a row for it.
     """
 
     name: str
     make: Callable
     kind: str = "peer"
     slow: bool = False
+    countable: bool = True
     applies: Callable = lambda case: True
 
 
@@ -178,6 +207,12 @@ def _on_backend(run, name, problem):
     if why:
         raise Unavailable(why)
     return run(problem, name)
+
+
+def work(suite, case, mode):
+    """The Work of one mode; "full" is the sum of the passes."""
+    passes = suite.cost(case)
+    return passes[mode] if mode != "full" or "bwd" not in passes else passes["fwd"] + passes["bwd"]
 
 
 def suites():

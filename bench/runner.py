@@ -9,7 +9,7 @@ from mtkernels._backends import ORDER
 from mtkernels.ops import STEMS
 
 from . import environment, memory, timing
-from .registry import Unavailable
+from .registry import Unavailable, work
 from .verify import Verifier
 
 
@@ -125,7 +125,7 @@ class CaseRun:
         always = {self.case.baseline, *(name for bar in judged for name in bar.providers())}
         samples = timing.interleave(runs, timing.EFFORT[self.options.preset], self.options.device, always)
         base = samples.get(self.case.baseline)
-        n_bytes, flops = self.suite.cost(self.case, mode)
+        least = work(self.suite, self.case, mode)
         for name, (provider, _) in self.calls.items():
             check = self.checks[name]
             self.records.append(
@@ -136,8 +136,8 @@ class CaseRun:
                     ratio=timing.ratio(samples[name], base) if base else None,
                     ratio_min=timing.ratio(samples[name], base, minima=True) if base else None,
                     # a part moves and computes less than the case
-                    bytes=n_bytes if provider.kind != "part" else None,
-                    flops=flops if provider.kind != "part" else None,
+                    bytes=least.bytes if provider.kind != "part" else None,
+                    flops=least.flops if provider.kind != "part" else None,
                     check=asdict(check) if check else None,
                     **kept.get(name, {}),
                 )

@@ -21,7 +21,7 @@ class Effort:
     slow_rounds: int = 3
 
 
-EFFORT = {"quick": Effort(1.2, 5), "bars": Effort(12.0, 15, 8), "full": Effort(4.0, 10)}
+EFFORT = {"quick": Effort(1.2, 5), "bars": Effort(12.0, 15, 8), "full": Effort(4.0, 10), "cost": Effort(4.0, 10)}
 
 
 class CpuClock:

@@ -8,7 +8,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_UNDEFINED = frozenset(
+UNDEFINED = frozenset(
     f"aten::{name}"
     for name in ("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided")
 )
@@ -26,6 +26,18 @@ def lazy_zeros(n, dtype):
         return np.zeros(n, dtype)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
     return np.frombuffer(mmap.mmap(-1, n * dtype.itemsize, flags=flags), dtype, n)
+
+
+def call_seen_by(mode, func, args, kwargs):
+    """Run an operation that `mode` was given; what a custom one does in Python goes to the mode too, what it does in C++ does not."""
+    if func.namespace not in _TORCH_NAMESPACES:
+        schema = func._schema
+        name = ".".join(filter(None, (schema.name.replace("::", "/"), schema.overload_name)))
+        for key in _KERNEL_KEYS:
+            if f"{name}/{key}" in torch.library._impls:
+                with mode:
+                    return func._op_dk(getattr(torch._C.DispatchKey, key), *args, **kwargs)
+    return func(*args, **kwargs)
 
 
 class Storage:
@@ -64,21 +76,10 @@ class StorageTracker(TorchDispatchMode):
         kwargs = kwargs or {}
         for value in (*args, *kwargs.values()):
             self._see(value, defined=True)
-        out = self._call(func, args, kwargs)
+        out = call_seen_by(self, func, args, kwargs)
         self._mark_arguments(func, args, kwargs)
-        self._see(out, defined=func._schema.name not in _UNDEFINED)
+        self._see(out, defined=func._schema.name not in UNDEFINED)
         return out
-
-    def _call(self, func, args, kwargs):
-        """Run the operation; what a custom operation does in Python is seen as well, what it does in C++ is not."""
-        if func.namespace not in _TORCH_NAMESPACES:
-            schema = func._schema
-            name = ".".join(filter(None, (schema.name.replace("::", "/"), schema.overload_name)))
-            for key in _KERNEL_KEYS:
-                if f"{name}/{key}" in torch.library._impls:
-                    with self:
-                        return func._op_dk(getattr(torch._C.DispatchKey, key), *args, **kwargs)
-        return func(*args, **kwargs)
 
     def _mark_arguments(self, func, args, kwargs):
         schema = func._schema
