@@ -76,7 +76,8 @@ class Resources:
 def measure(kernel, target, signature, constexprs=None, options=None, aligned=None):
     """Resources of one specialisation of a `@triton.jit` function on `target`, e.g. "sm_90" or "gfx942".
 
-    signature: {argument: "*bf16", "i32", "constexpr", ...}, in the order of the arguments; constexprs: their values.
+    signature: {argument: "*bf16", "i32", "constexpr", or a tuple of such}, in the order of the arguments; constexprs: their
+    values.
     options: num_warps, num_stages, ... as at a launch. aligned: arguments that are multiples of 16, as the JIT would find at
     run time; None takes all pointers. Raises ValueError for an unknown target and whatever the compiler raises.
     """
@@ -101,9 +102,12 @@ def _source(kernel, target, signature, constexprs, options, aligned):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    if aligned is None:
-        aligned = [name for name, kind in signature.items() if kind.startswith("*")]
-    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in aligned}
+    attrs = {}
+    for i, (name, kind) in enumerate(signature.items()):
+        # Triton counts the members of a tuple by a path.
+        members = [((i, j), k) for j, k in enumerate(kind)] if isinstance(kind, tuple) else [((i,), kind)]
+        divisible = [path for path, k in members if (k.startswith("*") if aligned is None else name in aligned)]
+        attrs |= dict.fromkeys(divisible, [["tt.divisibility", 16]])
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs or {}, attrs=attrs)
     if target.startswith("gfx"):
         return source, GPUTarget("hip", target, device.warp_size), dict(options or {})

@@ -18,6 +18,8 @@ _JUMP = re.compile(r"^(.*?)`\((\.L_x_\d+)\)")
 # Bits 105..108 of an instruction's 128: cycles until the warp may issue its next one.
 _STALL_SHIFT = 105 - 64
 _LONGEST_POLL = 16
+# Memory accesses, in part.
+_WORK = ("LDG", "LDS", "LDT", "STG", "STS", "STT", "RED", "ATOM", "UTM", "UBLK")
 
 
 def disassemble(cubin):
@@ -69,9 +71,10 @@ def _instruction(match, stall):
 
 
 def is_poll(body):
-    """Whether a loop only waits for a barrier."""
+    """Whether a loop only waits for a barrier: short, and neither memory nor tensor cores are in it."""
     ops = {instruction.op for instruction in body}
-    return len(body) <= _LONGEST_POLL and bool(ops & {"SYNCS", "NANOSLEEP"})
+    works = any("MMA" in op or op.startswith(_WORK) for op in ops)
+    return len(body) <= _LONGEST_POLL and bool(ops & {"SYNCS", "NANOSLEEP"}) and not works
 
 
 def threads(ptx):

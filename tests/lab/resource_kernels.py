@@ -65,3 +65,13 @@ def _apply(x, y):
 def calls(x_ptr, y_ptr, BLOCK: tl.constexpr):
     o_m = tl.arange(0, BLOCK)
     tl.store(y_ptr + o_m, _apply(tl.load(x_ptr + o_m), 1.0))
+
+
+@triton.jit
+def sums(xs, y_ptr, BLOCK: tl.constexpr):
+    """y [BLOCK] = the sum of the arrays of a tuple."""
+    o_m = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for i in tl.static_range(len(xs)):
+        total += tl.load(xs[i] + o_m)
+    tl.store(y_ptr + o_m, total)

@@ -96,16 +96,18 @@ def test_a_doubled_accumulator_is_reported(target):
     assert any("a chain of dots goes from one to another" in text for text in resources.problems(nested, tensor_cores=True))
 
 
-def test_two_dots_in_an_iteration_double_the_accumulator_before_triton_3_9():
-    """The fault that names this check (triton issue 10821); on 3.9 it takes a branch or an inner loop."""
-    found = matmul("sm_100", kernels.two_dots, NESTED=True)
-    assert found.accumulators >= 2 and found.tensor_memory // found.accumulators < 128
-
-
-def test_alignment_is_taken_as_given():
+def test_a_kernel_without_dots_has_a_hot_loop():
     signature = {"x_ptr": "*fp32", "y_ptr": "*fp32", "n": "i32", "BLOCK": "constexpr"}
-    found = resources.measure(kernels.row_sums, "sm_90", signature, {"BLOCK": 256}, {"num_warps": 4})
+    found = resources.measure(kernels.row_sums, "sm_90", signature, {"BLOCK": 256}, {"num_warps": 4, "enable_fp_fusion": True})
     assert found.hot_loop and not found.tensor_cores and found.hot_loop.cycles >= found.hot_loop.instructions
+
+
+def test_pointers_are_aligned_also_in_a_tuple():
+    """Four floats a thread: one load of 16 bytes for each array, or four loads where the address may be odd."""
+    signature = {"xs": ("*fp32", "*fp32", "*fp32"), "y_ptr": "*fp32", "BLOCK": "constexpr"}
+    options = {"num_warps": 1, "enable_fp_fusion": True}
+    aligned, unaligned = (resources.measure(kernels.sums, "sm_80", signature, {"BLOCK": 128}, options, a) for a in (None, ()))
+    assert unaligned.instructions - aligned.instructions >= 3 * (4 - 1)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +125,7 @@ def test_alignment_is_taken_as_given():
         ("sm_100", dict(registers=32, shared=0, num_warps=4, tensor_memory=256), (2, 0.125, {"tensor memory"})),
         ("gfx942", dict(registers=128, shared=0, num_warps=4), (4, 0.5, {"registers"})),
         ("gfx942", dict(registers=32, shared=20 * 1024, num_warps=4), (3, 0.375, {"shared"})),
-        ("gfx950", dict(registers=32, shared=20 * 1024, num_warps=4), (8, 1.0, {"registers", "warps"})),
+        ("gfx950", dict(registers=32, shared=20 * 1024, num_warps=4), (8, 1.0, {"registers", "warps", "shared"})),
         ("sm_120", dict(registers=32, shared=100 * 1024, num_warps=4), (0, 0.0, {"shared"})),
     ],
 )
@@ -139,7 +141,7 @@ def test_amd_occupancy_agrees_with_llvm(size):
 
     constexprs = {"M": size, "N": size, "K": 32, "PRECISION": "ieee"}
     signature = {"a_ptr": "*fp32", "b_ptr": "*fp32", "c_ptr": "*fp32", "size_k": "i32", **dict.fromkeys(constexprs, "constexpr")}
-    source, target, options = resources._source(kernels.matmul, "gfx942", signature, constexprs, {"num_warps": 1}, None)
+    source, target, options = resources._source(kernels.matmul, "gfx942", signature, constexprs, {"num_warps": 1, "enable_fp_fusion": True}, None)
     text = compile(source, target=target, options=options).asm["amdgcn"]
     figures, said = amdgcn.metadata(text), int(text.split("; Occupancy: ")[1].split()[0])
     waves = occupancy("gfx942", registers=figures["vgpr_count"], scalar_registers=figures["sgpr_count"], shared=0, num_warps=4)
