@@ -1,4 +1,4 @@
-# make test | demo | bench | wheel | sdist | clean; TORCH=torch==2.14.1 and VENV=.venv-cuda pick another torch.
+# make test | resources | demo | bench | wheel | sdist | clean; TORCH=torch==2.14.1 and VENV=.venv-cuda pick another torch.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
@@ -9,11 +9,15 @@ TORCH_STAMP := $(VENV)/.torch-$(TORCH)
 DEPS_STAMP := $(VENV)/.deps-$(TORCH)
 BUILD_STAMP := $(VENV)/.build-$(TORCH)
 
-.PHONY: test demo bench build wheel sdist clean
+.PHONY: test resources demo bench build wheel sdist clean
 
 test: build
 	$(PY) -m pytest -q tests
 	TRITON_INTERPRET=1 $(PY) -m pytest -q -m interpret tests
+
+# Every kernel for every GPU: minutes the first time, seconds while nothing that matters has changed.
+resources: build
+	$(PY) -m mtkernels.lab resources
 
 demo: build
 	$(PY) examples/finetune_tasks.py

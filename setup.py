@@ -139,7 +139,7 @@ setup(
     include_package_data=False,  # the sdist's files are not the wheel's
     package_data={
         "mtkernels": ["py.typed"],
-        "mtkernels.triton_kernels": ["configs/*.json"],
+        "mtkernels.triton_kernels": ["configs/*.json", "budgets/*.json"],
         "mtkernels.csrc": ["common/*.h", "cuda/*.h", "cuda/*.cu", "emulator/*.h", "emulator/*.cpp"],  # for lab.CudaEmulator
     },
     ext_modules=[extension()] if TORCH else [],

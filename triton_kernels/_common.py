@@ -17,9 +17,11 @@ _CONFIGS = Path(__file__).resolve().parent / "configs"
 # GPUs with a column of their own in configs/*.json, and those that share one.
 _ARCHS = {
     "sm_80": "sm_80", "sm_87": "sm_80",
-    "sm_86": "sm_86", "sm_89": "sm_86", "sm_120": "sm_86", "sm_121": "sm_86",
+    "sm_86": "sm_86", "sm_89": "sm_86",
     "sm_90": "sm_90",
     "sm_100": "sm_100", "sm_103": "sm_100",
+    "sm_120": "sm_120", "sm_121": "sm_120",
+    "gfx942": "gfx942", "gfx950": "gfx942",
 }  # fmt: skip
 # Opt-in shared memory a GPU must have for each configuration class to fit, largest first.
 _SHARED_MEMORY_CLASSES = ((227 * 1024, "sm_90"), (163 * 1024, "sm_80"), (99 * 1024, "sm_86"))
@@ -90,7 +92,9 @@ def arch_of(device: torch.device) -> str:
 def _arch_of_gpu(device: torch.device) -> str:
     """Its own architecture if we tuned for it, else the class its shared memory allows."""
     props = torch.cuda.get_device_properties(device)
-    known = _ARCHS.get(f"sm_{props.major}{props.minor}") if torch.version.hip is None else None
+    if torch.version.hip:
+        return _ARCHS.get(props.gcnArchName.partition(":")[0], "default")
+    known = _ARCHS.get(f"sm_{props.major}{props.minor}")
     shared = props.shared_memory_per_block_optin
     return known or next((arch for size, arch in _SHARED_MEMORY_CLASSES if shared >= size), "default")
 
@@ -121,7 +125,7 @@ _ALIGNED_SIZES = frozenset(("strides", "widths", "d_in", "slot_size", "n_classes
 
 
 def config_arch(target: str) -> str:
-    """Configuration key of a GPU by name, "sm_120" -> "sm_86"."""
+    """Configuration key of a GPU by name, "sm_89" -> "sm_86"."""
     return _ARCHS.get(target, "default")
 
 
