@@ -38,43 +38,43 @@ class OwnMutation:
     options: dict = field(default_factory=dict)
 
     def problem_with(self, **how):
-        narrow = NARROW if self.problem.startswith("lora") else {}
+        narrow = NARROW if self.problem.startswith("lora_delta") else {}
         return PROBLEMS[self.problem](self.ids, torch.float32, **narrow, **self.options, **how)
 
     def results(self):
         return self.problem_with(backend="cuda" if self.file.endswith(".cu") else "triton").results()
 
 
-LORA, REDUCE, ENTROPY, PLAN = "lora_kernels.py", "task_reduce.py", "task_cross_entropy.py", "group_plan.py"
+LORA, SHRINK, EXPAND = "lora_kernels.py", "lora_shrink.py", "lora_expand.py"
+REDUCE, ENTROPY, PLAN = "task_reduce.py", "task_cross_entropy.py", "group_plan.py"
 FAT = MIXED + [2] * 1030  # two chunks of one group
 FATTEST = MIXED + [2] * 12000  # twelve
-NARROW = dict(n_in=40, n_out=24)
+NARROW = dict(n_in=40, n_out=24)  # of one target
 FIRST_CHUNK = "tl.atomic_add(partial_ptr + tl.load(p_tiles + task), tl.sum(b_value, axis=0))"
 
 MUTATIONS = {
-    "LoRA: row mask of s dropped": OwnMutation(LORA, [("(acc * alpha).to(compute), mask=m_row[:, None] & m_r)", "(acc * alpha).to(compute), mask=m_r)")], ("probe",), "lora_delta"),
-    "LoRA: rank mask of s dropped": OwnMutation(LORA, [("(acc * alpha).to(compute), mask=m_row[:, None] & m_r)", "(acc * alpha).to(compute), mask=m_row[:, None])")], ("probe",), "lora_delta"),
+    "LoRA: row mask of s dropped": OwnMutation(SHRINK, [("(acc * alpha).to(compute), mask=m_row[:, None] & (o_r", "(acc * alpha).to(compute), mask=(o_r")], ("probe",), "lora_delta"),
+    "LoRA: rank mask of s dropped": OwnMutation(SHRINK, [("(acc * alpha).to(compute), mask=m_row[:, None] & (o_r < rank)[None, :])", "(acc * alpha).to(compute), mask=m_row[:, None])")], ("probe",), "lora_delta"),
     "LoRA: rank mask of a factor dropped": OwnMutation(LORA, [("mask=m_k[:, None] & m_r, other=0.0)", "mask=m_k[:, None], other=0.0)")], ("probe", "virtual"), "lora_delta"),
-    "LoRA: column mask of y dropped": OwnMutation(LORA, [("p_y, m_row[:, None] & (o_n[None, :] < width)", "p_y, m_row[:, None]")], ("probe",), "lora_delta"),
-    "LoRA: scale on the wrong side": OwnMutation(
-        LORA,
-        [("alpha, stride_r, stride_c = tl.load(scale_ptr + adapter), 1, rank\n    else:\n        p_factor = _load_factor(table_ptr, 0", "alpha, stride_r, stride_c = 1.0, 1, rank\n    else:\n        p_factor = _load_factor(table_ptr, 0")],
-        ("accuracy",), "lora_delta",
-    ),
-    "LoRA: bias not scaled": OwnMutation(LORA, [("other=0.0).to(tl.float32)[None, :]", "other=0.0).to(tl.float32)[None, :] / alpha")], ("accuracy",), "lora_delta"),
-    "LoRA: rows not permuted in the forward": OwnMutation(LORA, [("p_row = x_ptr + tl.load(perm_ptr + o_j, mask=m_row, other=0)", "p_row = x_ptr + tl.where(m_row, o_j, 0)")], ("accuracy",), "lora_delta"),
-    "LoRA: rows not permuted in the factor gradient": OwnMutation(LORA, [("b_t = tl.load(perm_ptr + o_j, mask=m_j, other=0).to(tl.int64)", "b_t = tl.where(m_j, begin + o_j, 0).to(tl.int64)")], ("accuracy",), "lora_delta"),
-    "LoRA: dropout not replayed in dx": OwnMutation(LORA, [("True, False, DROPOUT, BUCKETS", "True, False, False, BUCKETS")], ("accuracy",), "lora_delta"),
+    "LoRA: column mask of y dropped": OwnMutation(EXPAND, [("y.to(b_y.dtype), mask=m_row[:, None] & m_n[None, :])", "y.to(b_y.dtype), mask=m_row[:, None])")], ("probe",), "lora_delta"),
+    "LoRA: scale on the wrong side": OwnMutation(EXPAND, [("c = scale_of(table_ptr, n_columns, entry) + tl.zeros([o_j.shape[0], 1]", "c = 1.0 + tl.zeros([o_j.shape[0], 1]")], ("accuracy",), "lora_delta"),
+    "LoRA: bias not scaled": OwnMutation(EXPAND, [("other=0.0).to(tl.float32)[None, :]\n    c = ", "other=0.0).to(tl.float32)[None, :] / scale_of(table_ptr, n_columns, entry)\n    c = ")], ("accuracy",), "lora_delta"),
+    "LoRA: rows not permuted in the forward": OwnMutation(SHRINK, [("b_p = tl.load(perm_ptr + o_j, mask=m_row, other=0)\n    n_columns, entry", "b_p = tl.where(m_row, o_j, 0)\n    n_columns, entry")], ("accuracy",), "lora_delta"),
+    "LoRA: rows not permuted in the factor gradient": OwnMutation(LORA, [("b_p = tl.load(perm_ptr + o_j, mask=m_j, other=0)", "b_p = tl.where(m_j, begin + o_j, 0)")], ("accuracy",), "lora_delta"),
+    "LoRA: dropout not replayed in dx": OwnMutation(SHRINK, [("acc = tl.where(dropout_keep(seed, o_j - begin, column, site, step, threshold, BLOCK_N), acc, 0.0)", "acc = acc")], ("accuracy",), "lora_delta"),
     "LoRA: mask of another step in dA": OwnMutation(LORA, [("dropout_keep(seed, uid0 + o_j, column, site, step, ", "dropout_keep(seed, uid0 + o_j, column, site, step + 1, ")], ("accuracy",), "lora_delta"),
-    "LoRA: seed of the first adapter for all": OwnMutation(LORA, [("threshold = tl.load(threshold_ptr + adapter)\n    seed, step = tl.load(seeds_ptr + adapter), tl.load(step_ptr)\n    if BACKWARD", "threshold = tl.load(threshold_ptr + adapter)\n    seed, step = tl.load(seeds_ptr), tl.load(step_ptr)\n    if BACKWARD")], ("accuracy",), "lora_delta"),
-    "LoRA: kept elements not scaled up": OwnMutation(LORA, [("alpha, stride_r, stride_c = dropout_scale(threshold, DROPOUT), width, 1\n    for b", "alpha, stride_r, stride_c = 1.0, width, 1\n    for b")], ("accuracy",), "lora_delta"),
+    "LoRA: seed of the first adapter for all": OwnMutation("_lora.py", [("field(table_ptr, n_columns, column, SEED)", "field(table_ptr, n_columns, 0, SEED)")], ("accuracy",), "lora_delta"),
+    "LoRA: kept elements not scaled up": OwnMutation(SHRINK, [("alpha = dropout_scale(mask[0], DROPOUT)", "alpha = 1.0")], ("accuracy",), "lora_delta"),
     "LoRA: wrong adapter of a tile": OwnMutation("_common.py", [("(b_end <= tile)", "(b_end < tile)")], ("accuracy", "virtual"), "lora_delta"),
     "LoRA: id -1 as the last adapter": OwnMutation("_common.py", [("    return group\n\n\n@triton.jit\ndef dropout_keep", "    return tl.minimum(group, n_groups - 1)\n\n\n@triton.jit\ndef dropout_keep")], ("accuracy",), "lora_delta"),
-    "LoRA: chunk one row short": OwnMutation(LORA, [("n_rows = tl.minimum(end - begin, CHUNK_ROWS)", "n_rows = tl.minimum(end - begin, CHUNK_ROWS - 1)")], ("virtual",), "lora_delta", FAT),
-    "LoRA: slot of another chunk": OwnMutation(LORA, [("slot = _first_slot(offsets_ptr, adapter) + chunk\n", "slot = _first_slot(offsets_ptr, adapter)\n")], ("virtual",), "lora_delta", FAT),
-    "LoRA: dropout position counted from the chunk": OwnMutation(LORA, [("dropout_scale(threshold, DROPOUT), chunk * CHUNK_ROWS, seed", "dropout_scale(threshold, DROPOUT), 0, seed")], ("virtual",), "lora_delta", FAT),
-    "LoRA: gradient by atomic add": OwnMutation(LORA, [("tl.store(p_grad + o_grad, (acc * alpha).to(p_grad.dtype.element_ty), mask=m_grad)", "tl.atomic_add(p_grad + o_grad, (acc * alpha).to(p_grad.dtype.element_ty), mask=m_grad)")], ("probe",), "lora_delta"),
-    "LoRA: gradient of an empty group not written": OwnMutation(LORA, [("if n_chunks != 1:", "if n_chunks > 1:")], ("accuracy",), "lora_delta", [0, 2, 0]),
+    "LoRA: chunk one row short": OwnMutation(LORA, [("tl.minimum(end - begin, CHUNK_ROWS), n_slots", "tl.minimum(end - begin, CHUNK_ROWS - 1), n_slots")], ("virtual",), "lora_delta", FAT),
+    "LoRA: slot of another chunk": OwnMutation(LORA, [("(first_slot(offsets_ptr, adapter) + chunk).to", "(first_slot(offsets_ptr, adapter)).to")], ("virtual",), "lora_delta", FAT),
+    "LoRA: dropout position counted from the chunk": OwnMutation(LORA, [("n_slots, chunk * CHUNK_ROWS, mask", "n_slots, 0, mask")], ("virtual",), "lora_delta", FAT),
+    "LoRA: gradient by atomic add": OwnMutation(LORA, [("tl.store(p_grad + o_grad, value.to(p_grad.dtype.element_ty), mask=mask)", "tl.atomic_add(p_grad + o_grad, value.to(p_grad.dtype.element_ty), mask=mask)")], ("probe",), "lora_delta"),
+    "LoRA: gradient of an empty group not written": OwnMutation(SHRINK, [("if n_chunks != 1:", "if n_chunks > 1:")], ("accuracy",), "lora_delta", [0, 2, 0]),
+    "LoRA: other slots of a row expanded too": OwnMutation(EXPAND, [("m_row &= b_p % n_slots == slot", "m_row &= slot >= 0")], ("probe", "virtual"), "lora_delta:gates"),
+    "LoRA: gate of another position": OwnMutation(EXPAND, [("if gates_ptr is not None:\n        c *= tl.load(gates_ptr + b_p,", "if gates_ptr is not None:\n        c *= tl.load(gates_ptr + o_j,")], ("accuracy",), "lora_delta:gates"),
+    "LoRA: columns of another target": OwnMutation("_lora.py", [("begins = _repeat([sum(widths[:g]) for", "begins = _repeat([0 for")], ("probe",), "lora_linear:group"),
     "plan: sort not stable": OwnMutation(PLAN, [("(o_q[None, :] < o_p[:, None])", "(o_q[None, :] > o_p[:, None])")], ("accuracy",), "lora_delta"),
     "plan: two rows at one place": OwnMutation(PLAN, [("(o_q[None, :] < o_p[:, None])", "(o_q[None, :] + 1 < o_p[:, None])")], ("probe", "virtual"), "task_reduce"),
     "reduce: rows not permuted": OwnMutation(REDUCE, [("b_t = tl.load(perm_ptr + o_j, mask=m_j, other=0)", "b_t = tl.where(m_j, o_j, 0)")], ("accuracy", "virtual"), "task_reduce"),
