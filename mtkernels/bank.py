@@ -16,8 +16,8 @@ class LoraBank:
     of each adapter. has_dropout is False when every probability is known to be 0. Build it with `from_factors`,
     `from_packed`, `from_stacked` or `from_experts`.
 
-    With `main_grad = True`, the backward of lora_linear and lora_delta computes the gradients of the parameters in float32
-    and adds them to each one's `.main_grad` (float32, the parameter's shape, as Megatron keeps it) instead of returning them.
+    With `main_grad = True`, the backward of lora_linear, lora_delta and lora_embedding computes the gradients of the
+    parameters in float32 and adds them to each one's `.main_grad` (float32, the parameter's shape, as Megatron keeps it) instead of returning them.
     """
 
     main_grad = False

@@ -78,7 +78,9 @@ def _dora_dropout_kernel(
     b_t = tl.load(perm_ptr + o_j, mask=o_j < end, other=0).to(tl.int64)
     # [J, D]
     b_x = tl.load(x_ptr + b_t[:, None] * stride_x + o_d[None, :], mask=m_jd, other=0.0)
-    threshold = tl.load(threshold_ptr + adapter, mask=adapter < n_adapters, other=0)
+    threshold = tl.zeros((), tl.int32)
+    if adapter < n_adapters:
+        threshold = tl.load(threshold_ptr + adapter)
     if threshold > 0:
         keep = dropout_keep(tl.load(seeds_ptr + adapter), o_j - begin, column, site, tl.load(step_ptr), threshold, BLOCK_D)
         b_x = tl.where(keep, b_x.to(tl.float32) * dropout_scale(threshold, True), 0.0).to(b_x.dtype)
@@ -146,7 +148,7 @@ def _dora_finish_kernel(
     p_tiles = tiles_ptr + TILE_INDEX * (n_adapters + 1) + adapter
     acc = tl.zeros([BLOCK_O], tl.float32)
     for c in range(tl.load(p_tiles), tl.load(p_tiles + 1)):
-        acc += tl.load(partial_ptr + c.to(tl.int64) * width + o_o, mask=o_o < width, other=0.0)
+        acc += tl.load(partial_ptr + tl.cast(c, tl.int64) * width + o_o, mask=o_o < width, other=0.0)
     tl.store(dscale_ptr + adapter.to(tl.int64) * width + o_o, acc, mask=o_o < width)
 
 

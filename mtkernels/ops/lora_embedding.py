@@ -17,16 +17,18 @@ from .._op import below_autograd, load, pack, register, save, unpack
 from ..bank import views_A, views_B
 from ..plan import check_plan
 from . import _lora
+from .lora import accumulate
 
 _FACTORS = "Tensor[] A, Tensor[] B, Tensor[] lora_bias, Tensor scale, Tensor? gates, int[] ranks, int[] layouts"
 _ARGS = f"Tensor token, {_FACTORS}, {_lora.PLAN}, int padding"
+_MAIN = "Tensor[] main_grad"
 
 
 def _launchers(stem, dtype_of, A, backend):
     return _lora.launchers(stem, dtype_of, A[0], backend)
 
 
-def _kernel(weight, token, A, B, bias, scale, gates, ranks, layouts, ids, offsets, perm, tiles, step, padding, backend):
+def _kernel(weight, token, A, B, bias, scale, gates, ranks, layouts, ids, offsets, perm, tiles, step, padding, main_grad, backend):
     if token.device.type == "cpu" and token.numel() and not 0 <= int(token.min()) <= int(token.max()) < len(weight):
         raise IndexError(f"lora_embedding: ids range from {int(token.min())} to {int(token.max())}; the table has rows 0..{len(weight) - 1}")
     views_a, groups = _lora.factors_A(A, ranks, layouts), (offsets, perm, tiles)
@@ -37,11 +39,12 @@ def _kernel(weight, token, A, B, bias, scale, gates, ranks, layouts, ids, offset
     return y, s
 
 
-def _bwd_kernel(dy, s, token, A, B, bias, scale, gates, ranks, layouts, ids, offsets, perm, tiles, step, padding, need, need_gates, need_scale, backend):
+def _bwd_kernel(dy, s, token, A, B, bias, scale, gates, ranks, layouts, ids, offsets, perm, tiles, step, padding, need, need_gates, need_scale, fp32_grads, backend):
     nA, nB, groups = len(A), len(B), (offsets, perm, tiles)
-    grads_A, dA = _lora.new_grads(A, views_A, need[:nA], ranks, layouts)
-    grads_B, dB = _lora.new_grads(B, views_B, need[nA : nA + nB], ranks, layouts)
-    dbias = [torch.empty_like(b) if wanted else b.new_empty(0) for b, wanted in zip(bias, need[nA + nB :])]
+    dtype = torch.float32 if fp32_grads else A[0].dtype
+    grads_A, dA = _lora.new_grads(A, views_A, need[:nA], ranks, layouts, dtype)
+    grads_B, dB = _lora.new_grads(B, views_B, need[nA : nA + nB], ranks, layouts, dtype)
+    dbias = _lora.new_bias_grads(bias, need[nA + nB :], dtype)
     ds, e = torch.empty_like(s), _lora.new_e(dy, [scale], perm, need_gates or need_scale)
     factors = _lora.factors_B(B, ranks, layouts), bias, [scale], gates
     _launchers("lora_expand", dy, A, backend).lora_expand_bwd([dy], s, *factors, *groups, ds, e, dB, dbias)
@@ -56,8 +59,9 @@ def _fake(weight, token, A, B, bias, scale, gates, ranks, layouts, ids, offsets,
     return weight.new_empty(token.shape[0], weight.shape[1]), s
 
 
-def _bwd_fake(dy, s, token, A, B, bias, scale, gates, ranks, layouts, ids, offsets, perm, tiles, step, padding, need, need_gates, need_scale, backend):
-    grads = [t.new_empty(t.shape if wanted else 0) for t, wanted in zip((*A, *B, *bias), need)]
+def _bwd_fake(dy, s, token, A, B, bias, scale, gates, ranks, layouts, ids, offsets, perm, tiles, step, padding, need, need_gates, need_scale, fp32_grads, backend):
+    dtype = torch.float32 if fp32_grads else A[0].dtype
+    grads = [t.new_empty(t.shape if wanted else 0, dtype=dtype) for t, wanted in zip((*A, *B, *bias), need)]
     return scale.new_empty(perm.shape if need_gates else 0), scale.new_empty(scale.shape if need_scale else 0), grads
 
 
@@ -67,8 +71,9 @@ class _LoraEmbedding(torch.autograd.Function):
         args = unpack(spec, flat)
         with below_autograd():
             y, s = _op(weight, *args)
+        *kept, ctx.main_grad, ctx.backend = args
         ctx.spec, ctx.n_tokens = spec, len(weight)
-        save(ctx, s, *args)
+        save(ctx, s, *kept)
         ctx.mark_non_differentiable(s)
         ctx.set_materialize_grads(False)
         return y, s
@@ -79,13 +84,14 @@ class _LoraEmbedding(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         need_weight, *needs = ctx.needs_input_grad[1:]
         _, need_A, need_B, need_bias, need_scale, need_gates, *_ = unpack(ctx.spec, needs)
-        s, token, *args, backend = load(ctx)
+        s, token, *args = load(ctx)
         padding, dy = args[-1], dy.contiguous()
         need = [*need_A, *need_B, *(need_bias or [])]
         dweight = torch.ops.aten.embedding_dense_backward(dy, token, ctx.n_tokens, padding, False) if need_weight else None
         grads, small = [None] * len(need), (None, None)
         if any((*need, need_scale, need_gates)):
-            dgates, dscale, grads = _bwd_op(dy, s, token, *args, need, need_gates, need_scale, backend)
+            dgates, dscale, grads = _bwd_op(dy, s, token, *args, need, need_gates, need_scale, bool(ctx.main_grad), ctx.backend)
+            grads = accumulate(ctx.main_grad, grads, need) if ctx.main_grad else grads
             grads = [g if wanted else None for g, wanted in zip(grads, need)]
             small = dscale if need_scale else None, dgates if need_gates else None
         n = len(need_A) + len(need_B)
@@ -100,14 +106,14 @@ def _apply(weight, *args):
 
 _op = register(
     "lora_embedding",
-    f"lora_embedding(Tensor weight, {_ARGS}, str backend) -> (Tensor y, Tensor s)",
+    f"lora_embedding(Tensor weight, {_ARGS}, {_MAIN}, str backend) -> (Tensor y, Tensor s)",
     kernel=_kernel,
     fake=_fake,
     autograd=_apply,
 )
 _bwd_op = register(
     "lora_embedding",
-    f"lora_embedding_bwd(Tensor dy, Tensor s, {_ARGS}, bool[] need, bool need_gates, bool need_scale, str backend)"
+    f"lora_embedding_bwd(Tensor dy, Tensor s, {_ARGS}, bool[] need, bool need_gates, bool need_scale, bool fp32_grads, str backend)"
     " -> (Tensor dgates, Tensor dscale, Tensor[] grads)",
     kernel=_bwd_kernel,
     fake=_bwd_fake,
@@ -144,7 +150,8 @@ def lora_embedding(ids, weight, bank, plan, *, padding_idx=None, gates=None, bac
     padding = -1 if padding_idx is None else padding_idx % n_tokens
     token = ids.reshape(-1)
     check_plan(op, plan, len(bank), token.shape[0], token.device, "adapters in the bank", slots=True)
-    A, B, bias, (scale,), _, _, ranks, layouts = _lora.bank_args([bank])
+    A, B, bias, (scale,), _, _, ranks, layouts = _lora.bank_args(op, [bank])
     gates = _lora.flat_gates(op, gates, plan, scale)
-    y, _ = _op(weight, token, A, B, bias, scale, gates, ranks, layouts, *_lora.plan_args(plan), padding, _backends.requested(backend))
+    factors = A, B, bias, scale, gates, ranks, layouts
+    y, _ = _op(weight, token, *factors, *_lora.plan_args(plan), padding, _lora.main_grads([bank]), _backends.requested(backend))
     return y.view(*ids.shape, y.shape[1])
