@@ -181,6 +181,25 @@ def test_a_frozen_table_gets_no_gradient_and_only_wanted_factors_do():
     assert bank.params_A[1].grad[:, 2].all() and bank.params_B[0].grad is not None
 
 
+def test_main_grad_is_added_to_in_float32():
+    """16-bit factors; gradients in float32 that were never rounded, on top of what is there."""
+    A, B = [torch.randn(3, 9).bfloat16().requires_grad_() for _ in range(2)], [torch.randn(5, 3).bfloat16().requires_grad_() for _ in range(2)]
+    token, plan, weight = torch.tensor([1, 2, 1, 7]), mtk.group_plan(torch.tensor([0, 0, 0, 1]), 2), torch.randn(9, 5).bfloat16()
+    bank, upstream = mtk.LoraBank.from_factors(A, B, 2.0), torch.randn(4, 5).bfloat16()
+    wide = [t.detach().float().requires_grad_() for t in (*A, *B)]
+    with mtk.backend("reference"):
+        y = mtk.lora_embedding(token, weight.float(), mtk.LoraBank.from_factors(wide[:2], wide[2:], 2.0), plan)
+        exact = torch.autograd.grad(y, wide, upstream.float())
+        bank.main_grad = True
+        before = [torch.randn(t.shape) for t in (*A, *B)]
+        for t, grad in zip((*A, *B), before):
+            t.main_grad = grad.clone()
+        mtk.lora_embedding(token, weight, bank, plan).backward(upstream)
+    for t, grad, g in zip((*A, *B), before, exact):
+        assert t.grad is None
+        torch.testing.assert_close(t.main_grad, grad + g, rtol=1e-2, atol=1e-2)
+
+
 def test_errors():
     weight, bank = small()
     plan = mtk.group_plan(torch.tensor([0, 1]), 2)
