@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ._common import arch_of, cdiv, compile_case, dropout_keep, dropout_scale, group_of_tile, launch_options, tile_index
-from ._pointers import TRITON_DTYPES, address, device_table
+from ._lora import DTYPES, address, device_table
 
 _CHUNK, _TILE = 128, 16  # rows of a partial sum, rows of a dropout tile
 
@@ -166,7 +166,7 @@ def dora_norm(weight, A, B, scale):
         with torch.cuda.device_of(weight):
             _dora_norm_kernel[(len(A) * cdiv(d_out, options["BLOCK_O"]),)](
                 weight, *weight.stride(), device_table(tuple(zip(*rows)), weight.device), scale, norm, d_in, d_out, len(A),
-                FACTOR=TRITON_DTYPES[A[0].dtype], COMPUTE=TRITON_DTYPES[compute], **options,
+                FACTOR=DTYPES[A[0].dtype], COMPUTE=DTYPES[compute], **options,
             )  # fmt: skip
     return norm
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ._common import arch_of, cdiv, compile_case, launch_options
-from ._pointers import TRITON_DTYPES, address, device_table
+from ._lora import DTYPES, address, device_table
 
 
 @triton.jit
@@ -122,7 +122,7 @@ def lora_embedding_fwd(token, A, ids32, offsets, perm, tiles, s):
         _lora_embedding_gather_kernel[grid](
             token, ids32, _table(A), s, s.stride(0),
             n_positions, n_positions // token.numel(), n_tokens, len(A), width,
-            FACTOR=TRITON_DTYPES[A[0].dtype], **options,
+            FACTOR=DTYPES[A[0].dtype], **options,
         )  # fmt: skip
 
 
@@ -156,7 +156,7 @@ def lora_embedding_bwd(ds, token, padding, ids32, offsets, perm, tiles, dA):
             )
         _lora_embedding_runs_kernel[(n_positions, rank_tiles)](
             ds, ds.stride(0), order, keys, last, partial, _table(dA),
-            n_tokens, len(dA), width, GRAD=TRITON_DTYPES[wanted[0].dtype], **options,
+            n_tokens, len(dA), width, GRAD=DTYPES[wanted[0].dtype], **options,
         )  # fmt: skip
 
 

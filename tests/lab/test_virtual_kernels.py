@@ -166,3 +166,45 @@ def test_factors_of_several_chunks(monkeypatch):
     for run, found in zip((compiled, reference), grads):
         run("lora", "lora_bwd", dys, x, s, *bank, None, None, found[:2], found[2:4], found[4:])
     assert_close(*grads, F32)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_lora_embedding(dtype, compiled):
+    """A run of several chunks beside short ones, tokens outside the table, padding, a gradient nobody wants."""
+    ids, token, ranks = torch.randint(-1, 5, (700,)), torch.randint(-1, 10, (700,)), (3, 0, 16, 1, 70)
+    ids[:600], token[:550] = 4, 6
+    ids32, _, offsets, perm, _, tiles = plan_of(ids, 5)
+    groups, A = (ids32, offsets, perm, tiles), [torch.randn(r, 9).to(dtype) for r in ranks]
+    s, expected = torch.full((2, 700, 70), torch.nan).to(dtype)
+    for run, out in ((compiled, s), (reference, expected)):
+        run("lora_embedding", "lora_embedding_fwd", token, A, *groups, out)
+    assert torch.equal(s, expected)
+    several_programs(compiled, "_lora_embedding_gather_kernel")
+    ds = torch.randn(700, 70).to(dtype)
+    grads = [[torch.full_like(a, torch.nan) if i != 2 else a.new_empty(0) for i, a in enumerate(A)] for _ in range(2)]
+    for run, dA in zip((compiled, reference), grads):
+        run("lora_embedding", "lora_embedding_bwd", ds, token, 3, *groups, dA)
+    assert_close(*grads, dtype)
+    several_programs(compiled, "_lora_embedding_chunks_kernel", "_lora_embedding_runs_kernel")
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_dora(dtype, compiled):
+    (A, B, _, (scale,), (threshold,), (seeds,), _, offsets, perm, tiles, step, *_), x, _, (dy,), (z,) = lora_problem(dtype, [3, 0, 16, 1, 70])
+    O, D = dy.shape[1], x.shape[1]
+    ids32 = torch.full((len(x),), -1, dtype=torch.int32)
+    for i in range(5):
+        ids32[perm[offsets[i] : offsets[i + 1]].long()] = i
+    for weight in (torch.randn(O, D).to(dtype), torch.randn(D, O).to(dtype).T):
+        norm = weight, A, B, scale
+        assert_close([compiled("dora", "dora_norm", *norm)], [reference("dora", "dora_norm", *norm)], F32)
+        several_programs(compiled, "_dora_norm_kernel")
+    dropout = x, threshold, seeds, offsets, perm, tiles, step, 3
+    assert_close([compiled("dora", "dora_dropout", *dropout)], [reference("dora", "dora_dropout", *dropout)], dtype)
+    row_scale, base = torch.randn(5, O), z[:1].expand(len(z), O)
+    forward = z, base, row_scale, ids32
+    assert_close([compiled("dora", "dora_fwd", *forward)], [reference("dora", "dora_fwd", *forward)], dtype)
+    several_programs(compiled, "_dora_fwd_kernel")
+    backward = dy, z, row_scale, ids32, offsets, perm, tiles
+    assert_close(compiled("dora", "dora_bwd", *backward), reference("dora", "dora_bwd", *backward), dtype)
+    several_programs(compiled, "_dora_bwd_kernel", "_dora_finish_kernel")
