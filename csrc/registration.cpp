@@ -30,6 +30,17 @@ STABLE_TORCH_LIBRARY(mtkernels_C, m) {
   m.def("lora_base_dx(Tensor dy, Tensor w) -> Tensor");
   m.def("cpu_has_fast_mkl() -> bool");
   m.def("cpu_has_fast_16bit(bool fp16) -> bool");
+  m.def("lora_embedding_fwd(Tensor token, Tensor[] A, Tensor ids, Tensor offsets, Tensor perm, Tensor tiles, Tensor(a!) s) -> ()");
+  m.def(
+      "lora_embedding_bwd(Tensor ds, Tensor token, int padding, Tensor ids, Tensor offsets, Tensor perm, Tensor tiles,"
+      " Tensor(a!)[] dA) -> ()");
+  m.def("dora_norm(Tensor weight, Tensor[] A, Tensor[] B, Tensor scale) -> Tensor");
+  m.def(
+      "dora_dropout(Tensor x, Tensor threshold, Tensor seeds, Tensor offsets, Tensor perm, Tensor tiles, Tensor step, int site)"
+      " -> Tensor");
+  m.def("dora_fwd(Tensor z, Tensor? base, Tensor scale, Tensor ids) -> Tensor");
+  m.def(
+      "dora_bwd(Tensor dy, Tensor? z, Tensor scale, Tensor ids, Tensor offsets, Tensor perm, Tensor tiles) -> (Tensor, Tensor)");
   m.def("task_reduce_fwd(Tensor values, Tensor? coef, Tensor offsets, Tensor perm, Tensor tiles) -> Tensor");
   m.def("task_reduce_bwd(Tensor dsums, Tensor values, Tensor? coef, Tensor ids) -> (Tensor, Tensor)");
   m.def("task_cross_entropy_fwd(Tensor logits, Tensor target, Tensor ids, int ignore_index) -> (Tensor, Tensor)");
@@ -47,6 +58,12 @@ STABLE_TORCH_LIBRARY_IMPL(mtkernels_C, CPU, m) {
   m.impl("lora_bwd", TORCH_BOX(&cpu::lora_bwd));
   m.impl("lora_base_linear", TORCH_BOX(&cpu::lora_base_linear));
   m.impl("lora_base_dx", TORCH_BOX(&cpu::lora_base_dx));
+  m.impl("lora_embedding_fwd", TORCH_BOX(&cpu::lora_embedding_fwd));
+  m.impl("lora_embedding_bwd", TORCH_BOX(&cpu::lora_embedding_bwd));
+  m.impl("dora_norm", TORCH_BOX(&cpu::dora_norm));
+  m.impl("dora_dropout", TORCH_BOX(&cpu::dora_dropout));
+  m.impl("dora_fwd", TORCH_BOX(&cpu::dora_fwd));
+  m.impl("dora_bwd", TORCH_BOX(&cpu::dora_bwd));
   m.impl("task_reduce_fwd", TORCH_BOX(&cpu::task_reduce_fwd));
   m.impl("task_reduce_bwd", TORCH_BOX(&cpu::task_reduce_bwd));
   m.impl("task_cross_entropy_fwd", TORCH_BOX(&cpu::task_cross_entropy_fwd));

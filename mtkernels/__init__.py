@@ -13,11 +13,18 @@ if not (_root / "triton_kernels").is_dir():  # a checkout: triton_kernels/ and b
 from ._backends import backend, explain
 from .bank import LoraBank
 from .integrations import adapters, checkpoint_context, disable, enable
+from .merge import lora_merge_, lora_unmerge_
 from .nn import TaskLoss
 from .ops import (
+    dora_dropout,
+    dora_linear,
+    dora_norm,
+    dora_rescale,
+    dora_scale,
     group_plan,
     lora_delta,
     lora_delta_group,
+    lora_embedding,
     lora_expand,
     lora_fan_out,
     lora_linear,
@@ -39,16 +46,24 @@ __all__ = [
     "backend",
     "checkpoint_context",
     "disable",
+    "dora_dropout",
+    "dora_linear",
+    "dora_norm",
+    "dora_rescale",
+    "dora_scale",
     "enable",
     "explain",
     "group_plan",
     "lora_delta",
     "lora_delta_group",
+    "lora_embedding",
     "lora_expand",
     "lora_fan_out",
     "lora_linear",
     "lora_linear_group",
+    "lora_merge_",
     "lora_shrink",
+    "lora_unmerge_",
     "task_cross_entropy",
     "task_reduce",
 ]

@@ -13,10 +13,11 @@ class LoraBank:
     [O, R_i] per adapter. bias: list of [O] (empty: none), or []. scale [n] float32 (float64 beside float64 factors)
     multiplies B A x and the bias (PEFT's convention) and may require grad. threshold [n] int32 is
     round(65536 * dropout): an input element is kept when its 16 random bits reach it. seeds [n] int64 key the dropout
-    of each adapter. Build it with `from_factors`, `from_packed`, `from_stacked` or `from_experts`.
+    of each adapter. has_dropout is False when every probability is known to be 0. Build it with `from_factors`,
+    `from_packed`, `from_stacked` or `from_experts`.
 
-    With `main_grad = True`, the backward of lora_linear and lora_delta computes the gradients of the parameters in float32
-    and adds them to each one's `.main_grad` (float32, the parameter's shape, as Megatron keeps it) instead of returning them.
+    With `main_grad = True`, the backward of lora_linear, lora_delta and lora_embedding computes the gradients of the
+    parameters in float32 and adds them to each one's `.main_grad` (float32, the parameter's shape, as Megatron keeps it) instead of returning them.
     """
 
     main_grad = False
@@ -24,6 +25,7 @@ class LoraBank:
     def __init__(self, params_A, params_B, ranks, layout, bias, scale, threshold, seeds):
         self.params_A, self.params_B, self.ranks, self.layout = params_A, params_B, ranks, layout
         self.bias, self.scale, self.threshold, self.seeds = bias, scale, threshold, seeds
+        self.has_dropout = True
 
     @classmethod
     def from_factors(cls, A, B, scale, *, dropout=0.0, seeds=None, bias=None):
@@ -96,7 +98,9 @@ class LoraBank:
         if seeds.shape != (n,):
             raise ValueError(f"LoraBank: {tuple(seeds.shape)} seeds for {n} adapters")
         threshold = (dropout.double() * 65536).round().int().to(device)
-        return cls(params_A, params_B, ranks, layout, _check_bias(bias, A, B), scale, threshold, seeds)
+        bank = cls(params_A, params_B, ranks, layout, _check_bias(bias, A, B), scale, threshold, seeds)
+        bank.has_dropout = bool((dropout > 0).any())
+        return bank
 
     def __len__(self):
         return len(self.ranks)

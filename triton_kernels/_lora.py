@@ -169,6 +169,25 @@ def _upload(rows, device):
     return host.to(device, non_blocking=True)
 
 
+def device_table(rows, device):
+    """int64 [fields, n] of the tuples `rows` on the device; cached by its values, which are addresses and sizes, no contents."""
+    if device.type == "cpu":
+        return _device_table(rows, device, None)
+    if torch.cuda.is_current_stream_capturing():
+        return _upload(rows, device)
+    return _device_table(rows, device, torch.cuda.current_stream(device).cuda_stream)
+
+
+@functools.lru_cache(maxsize=1024)
+def _device_table(rows, device, stream):
+    return _upload(rows, device)
+
+
+def address(t):
+    """Where t begins; 0 for an empty tensor."""
+    return t.data_ptr() if t.numel() else 0
+
+
 def options_of(stem, kernel, device, compute):
     return _common.launch_options(stem, kernel, _common.arch_of(device), 32 if compute == torch.float32 else 16)
 

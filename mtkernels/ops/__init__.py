@@ -1,7 +1,9 @@
 """The ops, one stem each: `ops/X.py`, `reference/X.py`, `triton_kernels/X.py`, `csrc/cpu/X.cpp`, `tests/test_X.py`, `bench/bench_X.py`."""
 
+from .dora import dora_dropout, dora_linear, dora_norm, dora_rescale, dora_scale
 from .group_plan import group_plan
 from .lora import lora_delta, lora_delta_group, lora_fan_out, lora_linear, lora_linear_group
+from .lora_embedding import lora_embedding
 from .lora_expand import lora_expand
 from .lora_shrink import lora_shrink
 from .task_cross_entropy import task_cross_entropy
@@ -12,11 +14,19 @@ STEMS = {
     "lora": ("lora_linear", "lora_linear_group", "lora_delta", "lora_delta_group", "lora_fan_out"),
     "lora_shrink": ("lora_shrink",),
     "lora_expand": ("lora_expand",),
+    "lora_embedding": ("lora_embedding",),
+    "dora": ("dora_linear", "dora_scale", "dora_norm", "dora_dropout", "dora_rescale"),
     "task_reduce": ("task_reduce",),
     "task_cross_entropy": ("task_cross_entropy",),
 }
 # Public functions that are no op of their own, and the op they call.
-COMPOSED = {"lora_linear_group": "lora_linear", "lora_delta_group": "lora_delta", "lora_fan_out": "lora_delta"}
+COMPOSED = {
+    "lora_linear_group": "lora_linear",
+    "lora_delta_group": "lora_delta",
+    "lora_fan_out": "lora_delta",
+    "dora_linear": "dora_rescale",
+    "dora_scale": "dora_norm",
+}
 
 
 def stem_of(name):

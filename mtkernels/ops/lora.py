@@ -145,7 +145,7 @@ class _Lora(torch.autograd.Function):
         small = need_gates, any(need_scale)
         dx, dgates, dscale, grads = _bwd_op(dys, x, weight, s, *rest, need_x, need, *small, *ctx.options)
         if ctx.main_grad:
-            grads = _accumulate(ctx.main_grad, grads, need)
+            grads = accumulate(ctx.main_grad, grads, need)
         grads = [g if wanted else None for g, wanted in zip(grads, need)]
         n = len(need_A) + len(need_B)
         bias = grads[n:] if need_bias else [None]
@@ -210,7 +210,7 @@ def _dense(dys, widths):
     return [lead.new_zeros(len(lead), n) if dy is None else dy.contiguous() for dy, n in zip(dys, widths)]
 
 
-def _accumulate(main_grad, grads, need):
+def accumulate(main_grad, grads, need):
     """Add the gradients to main_grad; nothing is left to return."""
     wanted = [(main, g) for main, g, w in zip(main_grad, grads, need) if w and main.numel()]
     if wanted:
