@@ -5,15 +5,17 @@ import torch.nn.functional as F
 
 import mtkernels as mtk
 
-from .registry import DTYPES, Case, Draw, Problem, Provider, ours
+from .registry import DTYPES, Case, Draw, Problem, Provider, Work, ours
 
 SCALE = 2.0
 MIXED = dict(T=2048, D=1024, O=1024, ranks=(4, 8, 8, 16, 16, 32, 64, 64))
+EVEN = {**MIXED, "T": 512, "D": 512, "O": 512}
 
 
 def cases():
     return [
         Case("dora_linear", "mixed", MIXED, "loop", ("quick", "full")),
+        Case("dora_linear", "even", EVEN, "loop", ("cost",), dtypes=("bf16",)),
         Case("dora_norm", "mixed", {**MIXED, "T": 0}, "loop", ("quick", "full"), modes=("fwd",), training=False),
     ]
 
@@ -28,17 +30,17 @@ def inputs(case, device):
     return Problem(case, leaves, fixed, draw.normal(s["T"], s["O"]), ("x",))
 
 
-def cost(case, mode):
+def cost(case):
     """W once for the norms and once for the product; the norms of n adapters are 2 (R + 1) flops per element of W."""
     s, width = case.shape, DTYPES[case.dtype].itemsize
     weight, factors = s["D"] * s["O"], (s["D"] + s["O"]) * sum(s["ranks"])
-    norm_flops = 2 * weight * (sum(s["ranks"]) + len(s["ranks"]))
+    norm = Work((weight + factors) * width + 4 * len(s["ranks"]) * s["O"], 2 * weight * (sum(s["ranks"]) + len(s["ranks"])), 2 * weight * sum(s["ranks"]))
     if case.op == "dora_norm":
-        return (weight + factors) * width + 4 * len(s["ranks"]) * s["O"], norm_flops
-    product = 2 * s["T"] * (weight + sum(s["ranks"]) / len(s["ranks"]) * (s["D"] + s["O"]))
-    forward, backward = s["T"] * (s["D"] + 3 * s["O"]) + 2 * weight + 2 * factors, s["T"] * (2 * s["D"] + 5 * s["O"]) + weight + 2 * factors
-    n_bytes, flops = {"fwd": (forward, norm_flops + product), "bwd": (backward, 2 * product), "full": (forward + backward, norm_flops + 3 * product)}[mode]
-    return n_bytes * width, flops
+        return {"fwd": norm, "bwd": Work(0, 0)}
+    base, lora = 2 * s["T"] * weight, 2 * s["T"] * sum(s["ranks"]) / len(s["ranks"]) * (s["D"] + s["O"])
+    forward, backward = s["T"] * (s["D"] + 3 * s["O"]) + weight + factors, s["T"] * (2 * s["D"] + 5 * s["O"]) + weight + 2 * factors
+    bwd = Work(backward * width, base + 2 * lora, 2 * lora, base)
+    return {"fwd": norm + Work(forward * width, base + lora, lora, base), "bwd": bwd}
 
 
 def saved_limit(case):

@@ -6,14 +6,18 @@ import torch.nn.functional as F
 import mtkernels as mtk
 
 from . import peers
-from .registry import DTYPES, Case, Draw, Problem, Provider, Unavailable, ours
+from .registry import DTYPES, Case, Draw, Problem, Provider, Unavailable, Work, ours
 
 SCALE = 2.0
 MIXED = dict(T=4096, V=32000, O=1024, ranks=(4, 8, 8, 16, 16, 32))
+EVEN = dict(T=512, V=1000, O=512, ranks=(4, 8, 8, 16, 16, 32))
 
 
 def cases():
-    return [Case("lora_embedding", "mixed", MIXED, "loop", ("quick", "full"))]
+    return [
+        Case("lora_embedding", "mixed", MIXED, "loop", ("quick", "full")),
+        Case("lora_embedding", "even", EVEN, "loop", ("cost",), dtypes=("bf16",)),
+    ]
 
 
 def inputs(case, device):
@@ -25,14 +29,14 @@ def inputs(case, device):
     return Problem(case, leaves, fixed, draw.normal(s["T"], s["O"]))
 
 
-def cost(case, mode):
+def cost(case):
     """The gradient of A is dense: writing its zeros is most of the backward."""
     s, width = case.shape, DTYPES[case.dtype].itemsize
     rank = s["T"] * sum(s["ranks"]) / len(s["ranks"])
     forward = 2 * s["T"] * s["O"] + 2 * rank + s["O"] * sum(s["ranks"])
     backward = s["T"] * s["O"] + 3 * rank + (2 * s["O"] + s["V"]) * sum(s["ranks"])
-    n_bytes, flops = {"fwd": (forward, 2), "bwd": (backward, 4), "full": (forward + backward, 6)}[mode]
-    return n_bytes * width, flops * rank * s["O"]
+    flops = 2 * rank * s["O"]
+    return {"fwd": Work(forward * width, flops, flops), "bwd": Work(backward * width, 2 * flops, 2 * flops)}
 
 
 def saved_limit(case):
