@@ -23,6 +23,9 @@ from .ops import (
     lora_linear,
     lora_linear_group,
     lora_shrink,
+    lora_swiglu_mlp,
+    rmsnorm_lora_shrink,
+    swiglu_lora_shrink,
     task_cross_entropy,
     task_reduce,
 )
@@ -49,6 +52,9 @@ __all__ = [
     "lora_linear",
     "lora_linear_group",
     "lora_shrink",
+    "lora_swiglu_mlp",
+    "rmsnorm_lora_shrink",
+    "swiglu_lora_shrink",
     "task_cross_entropy",
     "task_reduce",
 ]

@@ -4,6 +4,8 @@ from .group_plan import group_plan
 from .lora import lora_delta, lora_delta_group, lora_fan_out, lora_linear, lora_linear_group
 from .lora_expand import lora_expand
 from .lora_shrink import lora_shrink
+from .rmsnorm_lora_shrink import rmsnorm_lora_shrink
+from .swiglu_lora_shrink import lora_swiglu_mlp, swiglu_lora_shrink
 from .task_cross_entropy import task_cross_entropy
 from .task_reduce import task_reduce
 
@@ -12,11 +14,18 @@ STEMS = {
     "lora": ("lora_linear", "lora_linear_group", "lora_delta", "lora_delta_group", "lora_fan_out"),
     "lora_shrink": ("lora_shrink",),
     "lora_expand": ("lora_expand",),
+    "rmsnorm_lora_shrink": ("rmsnorm_lora_shrink",),
+    "swiglu_lora_shrink": ("swiglu_lora_shrink", "lora_swiglu_mlp"),
     "task_reduce": ("task_reduce",),
     "task_cross_entropy": ("task_cross_entropy",),
 }
 # Public functions that are no op of their own, and the op they call.
-COMPOSED = {"lora_linear_group": "lora_linear", "lora_delta_group": "lora_delta", "lora_fan_out": "lora_delta"}
+COMPOSED = {
+    "lora_linear_group": "lora_linear",
+    "lora_delta_group": "lora_delta",
+    "lora_fan_out": "lora_delta",
+    "lora_swiglu_mlp": "swiglu_lora_shrink",
+}
 
 
 def stem_of(name):

@@ -11,11 +11,12 @@ import torch
 from .lora import LORA_PROBLEMS, plain_lora
 from .loss import LOSS_PROBLEMS
 from .problem import Maker, Problem
+from .producers import PRODUCER_PROBLEMS, plain_rmsnorm
 
-__all__ = ["FLOOR", "Maker", "PROBLEMS", "Problem", "assert_accurate", "op_of", "plain_lora", "poisoned", "relative_error"]
+__all__ = ["FLOOR", "Maker", "PROBLEMS", "Problem", "assert_accurate", "op_of", "plain_lora", "plain_rmsnorm", "poisoned", "relative_error"]
 
 # An op, or "op:variant" for another way to call it -> (ids, dtype, device="cpu", *, backend=None, exact=False) -> Problem
-PROBLEMS = {**LORA_PROBLEMS, **LOSS_PROBLEMS}
+PROBLEMS = {**LORA_PROBLEMS, **PRODUCER_PROBLEMS, **LOSS_PROBLEMS}
 
 # relative error below which no kernel is asked to be better than the plain path
 FLOOR = {torch.float32: 1e-6, torch.float16: 2e-4, torch.bfloat16: 2e-3}

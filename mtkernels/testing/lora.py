@@ -20,7 +20,7 @@ def plain_lora(x, y, bank, ids, step, site, gates=None):
     ids = ids.reshape(len(x), -1)
     for i, (a, b) in enumerate(zip(bank.A, bank.B)):
         rows, slots = (ids == i).nonzero(as_tuple=True)
-        delta = _plain_shrink(x[rows], bank, i, step, site) @ b.T
+        delta = plain_shrink(x[rows], bank, i, step, site) @ b.T
         if bank.bias and bank.bias[i].numel():
             delta = delta + bank.bias[i]
         delta = delta * bank.scale[i]
@@ -30,7 +30,7 @@ def plain_lora(x, y, bank, ids, step, site, gates=None):
     return y
 
 
-def _plain_shrink(rows, bank, i, step, site):
+def plain_shrink(rows, bank, i, step, site):
     xd, t = rows.to(bank.A[i].dtype), int(bank.threshold[i])
     if t:
         keep = keep_mask(len(rows), rows.shape[1], t, int(bank.seeds[i]), torch.tensor(step), site, "cpu").to(rows.device)
@@ -38,7 +38,7 @@ def _plain_shrink(rows, bank, i, step, site):
     return xd @ bank.A[i].T
 
 
-class _Setup:
+class LoraSetup:
     """Rows, plan and banks of a problem; `leaves` collects what is differentiated, `by_group` the adapters' own."""
 
     def __init__(self, ids, dtype, device, backend, exact, factor_dtype, n_in, two=False):
@@ -78,7 +78,7 @@ class _Setup:
 
 
 def _linear(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtype=None, n_in=72, n_out=40, batch_invariant=False):
-    on = _Setup(ids, dtype, device, backend, exact, factor_dtype, n_in)
+    on = LoraSetup(ids, dtype, device, backend, exact, factor_dtype, n_in)
     bank, (weight, bias), x = on.bank(n_out), on.base(n_out), on.x
     options = dict(site=SITE, batch_invariant=batch_invariant, backend=backend)
     return on.problem(
@@ -91,7 +91,7 @@ def _linear(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtype
 
 def _group(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtype=None, n_in=72):
     """Two targets of other widths and ranks; the base of the second has no bias."""
-    on, outs = _Setup(ids, dtype, device, backend, exact, factor_dtype, n_in), (40, 24)
+    on, outs = LoraSetup(ids, dtype, device, backend, exact, factor_dtype, n_in), (40, 24)
     banks = [on.bank(outs[0], "q"), on.bank(outs[1], "k", ranks=(8, 4, 0, 20, 2, 5))]
     bases, x = [on.base(outs[0], "q"), (on.make.tensor("weight", outs[1], n_in), None)], on.x
     on.leaves["kweight"] = bases[1][0]
@@ -104,7 +104,7 @@ def _group(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtype=
 
 
 def _delta(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtype=None, n_in=72, n_out=40):
-    on = _Setup(ids, dtype, device, backend, exact, factor_dtype, n_in)
+    on = LoraSetup(ids, dtype, device, backend, exact, factor_dtype, n_in)
     bank, x = on.bank(n_out), on.x
     return on.problem(
         lambda: lora_delta(x, bank, on.plan(), site=SITE, backend=backend),
@@ -115,7 +115,7 @@ def _delta(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtype=
 
 def _gated(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtype=None, n_in=72, n_out=40):
     """Two adapters a row, sometimes the same one twice, with gates."""
-    on = _Setup(ids, dtype, device, backend, exact, factor_dtype, n_in, two=True)
+    on = LoraSetup(ids, dtype, device, backend, exact, factor_dtype, n_in, two=True)
     bank, x = on.bank(n_out), on.x
     gates = on.leaves["gates"] = on.make.rows("gates", 2, dtype=wide(factor_dtype or dtype))
     return on.problem(
@@ -128,7 +128,7 @@ def _gated(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtype=
 
 
 def _shrink(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtype=None, n_in=72):
-    on = _Setup(ids, dtype, device, backend, exact, factor_dtype, n_in)
+    on = LoraSetup(ids, dtype, device, backend, exact, factor_dtype, n_in)
     bank, x, R = on.bank(8), on.x, max(RANKS)
     on.leaves = {key: t for key, t in on.leaves.items() if key[0] in "xA"}
 
@@ -136,7 +136,7 @@ def _shrink(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtype
         s = torch.zeros(len(x), R, dtype=torch.promote_types(x.dtype, bank.dtype), device=x.device)
         for i, r in enumerate(RANKS):
             rows = (on.ids == i).nonzero()[:, 0]
-            s = s.index_add(0, rows, F.pad(_plain_shrink(x[rows], bank, i, STEP, SITE), (0, R - r)).to(s.dtype))
+            s = s.index_add(0, rows, F.pad(plain_shrink(x[rows], bank, i, STEP, SITE), (0, R - r)).to(s.dtype))
         return s
 
     by_group = {key: g for key, g in on.by_group.items() if key[0] == "A"}
@@ -145,7 +145,7 @@ def _shrink(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtype
 
 
 def _expand(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtype=None, n_out=40):
-    on, R = _Setup(ids, dtype, device, backend, exact, factor_dtype, 4), max(RANKS)
+    on, R = LoraSetup(ids, dtype, device, backend, exact, factor_dtype, 4), max(RANKS)
     bank = on.bank(n_out)
     s, out, gates = on.make.rows("s", R), on.make.rows("out", n_out), on.make.rows("gates", dtype=wide(factor_dtype or dtype))
     on.leaves = {"s": s, "base": out, "gates": gates, **{key: t for key, t in on.leaves.items() if key[0] not in "xA"}}

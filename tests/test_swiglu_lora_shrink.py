@@ -1,0 +1,1 @@
+"""Edges and errors of rmsnorm_lora_shrink."""
