@@ -11,7 +11,7 @@ from ._common import dropout_keep, dropout_scale, group_of_tile
 from ._lora import CHUNK, PTR_A, RANK, S_BEGIN, S_WIDTH, STRIDE_A, dropout_of, factor_pointer, field, size_field
 from .lora_kernels import fill_zeros
 
-# Targets whose sums one pass over the rows keeps in registers; further ones take another pass.
+# Targets of ranks up to 32 whose sums one pass over the rows keeps in registers; wider and further ones take another pass.
 PASS = tl.constexpr(3)
 
 
@@ -110,7 +110,7 @@ def producer_cases(stem, kernels, arch, pointers, fixed=()):
                 FACTOR=getattr(tl, factor), GRAD=getattr(tl, factor), **dict(fixed),
             )  # fmt: skip
             for suffix, chosen in (("", dict(n_slots=1, TARGETS=1, ALIGN=8)), (".ragged", dict(TARGETS=PASS.value, ALIGN=1))):
-                chosen = {k: v for k, v in {**constexprs, **chosen}.items() if k in kernel.arg_names}
+                chosen = {k: v for k, v in {**constexprs, **chosen}.items() if k in kernel.arg_names and k not in options}
                 dots = bits == 16 and name != "finish"
                 yield _common.compile_case(
                     f"{stem}.{name}.{dtype}{suffix}", kernel, types, options,

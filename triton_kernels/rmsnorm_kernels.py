@@ -44,12 +44,11 @@ def _scaled(b_x, b_r, b_w, ROUND_FIRST: tl.constexpr):
 @triton.jit
 def _normalize_and_shrink(
     p_x, p_xn, m_row, m_write, b_r, gamma_ptr, offset, d_in, uid, table_ptr, step_ptr, n_adapters, adapter, rank0, p_s,
-    FIRST: tl.constexpr, TARGETS: tl.constexpr, ROUND_FIRST: tl.constexpr, DROPOUT: tl.constexpr,
+    FIRST: tl.constexpr, TARGETS: tl.constexpr, SHRINKS: tl.constexpr, ROUND_FIRST: tl.constexpr, DROPOUT: tl.constexpr,
     FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """xn of a tile of rows and up to PASS targets of S, from FIRST on, ranks from rank0 on; BLOCK_R = 0: xn alone."""
+    """xn of a tile of rows and S of SHRINKS targets, from FIRST on, ranks from rank0 on."""
     BLOCK_M: tl.constexpr = m_row.shape[0]
-    SHRINKS: tl.constexpr = min(TARGETS - FIRST, 3) if BLOCK_R else 0
     COMPUTE: tl.constexpr = p_s.dtype.element_ty
     n_columns, entry = n_adapters * TARGETS, FIRST * n_adapters + adapter
     if SHRINKS > 0:
@@ -113,18 +112,18 @@ def _rmsnorm_shrink_kernel(
     if rank == 0:
         _normalize_and_shrink(
             p_x, p_xn, m_row, m_write, b_r, gamma_ptr, offset, d_in, uid, table_ptr, step_ptr, n_adapters, adapter, 0, p_s,
-            0, TARGETS, ROUND_FIRST, DROPOUT, FACTOR, ALIGNED, ALIGN, 0, BLOCK_K,
+            0, TARGETS, 0, ROUND_FIRST, DROPOUT, FACTOR, ALIGNED, ALIGN, 16, BLOCK_K,
         )  # fmt: skip
         return
     for b in tl.static_range(4):
         if BUCKETS & (1 << b):
             if bucket_of(rank) == b:
-                for first in tl.static_range(0, TARGETS, PASS):
+                for first in tl.static_range(0, TARGETS, PASS if b < 2 else 1):
                     for rank0 in tl.range(0, rank, 16 << b, num_stages=1):
                         _normalize_and_shrink(
                             p_x, p_xn, m_row, m_write & (first + rank0 == 0), b_r, gamma_ptr, offset, d_in, uid,
                             table_ptr, step_ptr, n_adapters, adapter, rank0, p_s,
-                            first, TARGETS, ROUND_FIRST, DROPOUT, FACTOR, ALIGNED, ALIGN,
+                            first, TARGETS, min(TARGETS - first, PASS if b < 2 else 1), ROUND_FIRST, DROPOUT, FACTOR, ALIGNED, ALIGN,
                             16 << b, BLOCK_K if b < 3 else BLOCK_K // 2,
                         )  # fmt: skip
 
@@ -145,14 +144,14 @@ def _row_product(
     b_dot = tl.sum(acc, axis=1) * b_r
     o_c = tl.arange(0, 16)
     for slot in range(0, n_slots):
-        acc = tl.zeros([BLOCK_M, 16], tl.float32)
+        b_rank = tl.zeros([BLOCK_M, 16], tl.float32)
         for c in range(0, s_width, 16):
             m_c = m_row[:, None] & (o_c < s_width - c)[None, :]
             b_s = tl.load(p_s + slot * stride_s + c + o_c[None, :], mask=m_c, other=0.0).to(tl.float32)
             b_ds = tl.load(p_ds + slot * stride_ds + c + o_c[None, :], mask=m_c, other=0.0).to(tl.float32)
             # No adapter reads a column right of its rank, whatever dS holds there.
-            acc += tl.where(b_s == 0.0, 0.0, b_s * b_ds)
-        b_dot += tl.sum(acc, axis=1)
+            b_rank += tl.where(b_s == 0.0, 0.0, b_s * b_ds)
+        b_dot += tl.sum(b_rank, axis=1)
     return b_dot
 
 
@@ -165,7 +164,7 @@ def _add_lora(
     """total [M, K] + sum over targets of M o (dS A), columns from `column` on."""
     BLOCK_K: tl.constexpr = total.shape[1]
     n_columns = n_adapters * TARGETS
-    for g in tl.static_range(TARGETS):
+    for g in tl.range(0, TARGETS, num_stages=1):
         entry = g * n_adapters + adapter
         rank = size_field(table_ptr, n_columns, entry, RANK, ALIGN)
         if rank > 0:

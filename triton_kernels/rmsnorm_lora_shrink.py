@@ -82,7 +82,7 @@ def _launch_finish(bank, perm, offsets, tiles, partial, gamma_partial, n_slots, 
 
 
 def compile_cases(arch):
-    kernels = dict(shrink=_rmsnorm_shrink_kernel, dx=_rmsnorm_dx_kernel, grad_a=_rmsnorm_grad_a_kernel)
-    fixed = dict(ROUND_FIRST=True, HAS_DX=True, HAS_DGAMMA=True)
-    pointers = ("x_ptr", "xn_ptr", "gamma_ptr", "dxn_ptr", "dx_ptr")
+    kernels = dict(shrink=_rmsnorm_shrink_kernel, dx=_rmsnorm_dx_kernel, grad_a=_rmsnorm_grad_a_kernel, finish=_rmsnorm_finish_kernel)
+    fixed = dict(ROUND_FIRST=True, HAS_DX=True, HAS_DGAMMA=True, BLOCK_M=32)
+    pointers = ("x_ptr", "xn_ptr", "gamma_ptr", "dgamma_ptr", "dxn_ptr", "dx_ptr")
     yield from producer_cases(_STEM, kernels, arch, pointers, fixed)

@@ -9,6 +9,8 @@ from .problem import wide
 
 OTHER_RANKS = (8, 4, 0, 20, 2, 5)  # of a second target over the same adapters
 EPS = 1e-5
+# Both ids of a row in problems with two; no adapter serves two groups, so none draws other masks in another batch.
+SLOTS = {-1: (-1, -1), 0: (0, 0), 1: (1, 1), 2: (-1, 2), 3: (3, -1), 4: (4, 4), 5: (5, 5)}
 
 
 def plain_rmsnorm(x, gamma, eps, offset=0.0, casting="llama"):
@@ -38,6 +40,11 @@ def _joined(rows, s):
 
 
 class _Setup(LoraSetup):
+    def __init__(self, ids, dtype, device, *rest, two):
+        super().__init__(ids, dtype, device, *rest)
+        if two:
+            self.ids = torch.tensor([SLOTS[i] for i in ids], dtype=torch.int64, device=device).view(-1, 2)
+
     def banks(self, *ranks):
         banks = [self.bank(8, f"t{g}", ranks=r) for g, r in enumerate(ranks)]
         self.leaves = {key: t for key, t in self.leaves.items() if key[2:3] in ("", "A")}
@@ -47,9 +54,8 @@ class _Setup(LoraSetup):
     def joined(self, fn, plain, banks, width, by_row):
         n_slots = 1 if self.ids.dim() == 1 else self.ids.shape[1]
         dtype = torch.promote_types(self.make.dtype, self.factor_dtype or self.make.dtype)
-        by_group = self.by_group if n_slots == 1 else {}  # with two ids a row an adapter's rows come from several groups
         width += n_slots * sum(max(bank.ranks) for bank in banks)
-        return self.problem(lambda: _joined(*fn()), lambda: _joined(*plain()), width, by_row=("out", *by_row), by_group=by_group, dtype=dtype)
+        return self.problem(lambda: _joined(*fn()), lambda: _joined(*plain()), width, by_row=("out", *by_row), dtype=dtype)
 
 
 def _rmsnorm(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtype=None, n_in=72, two=False, ranks=(RANKS, OTHER_RANKS), **casting):
