@@ -22,14 +22,14 @@ def plain_rmsnorm(x, gamma, eps, offset=0.0, casting="llama"):
     return (xhat * (offset + gamma.to(xhat.dtype))).to(x.dtype)
 
 
-def _plain_s(x, banks, ids, sites):
+def plain_s(x, banks, ids, sites, step=STEP):
     """Rank-space rows of every bank, side by side; [T, R] or [T, K, R] as ids."""
     dtype, slots, parts = torch.promote_types(x.dtype, banks[0].dtype), ids.reshape(len(x), -1), []
     for bank, site in zip(banks, sites):
         s = torch.zeros(slots.numel(), max(bank.ranks), dtype=dtype, device=x.device)
         for i, r in enumerate(bank.ranks):
             at = (slots.reshape(-1) == i).nonzero()[:, 0]
-            s = s.index_add(0, at, F.pad(plain_shrink(x[at // slots.shape[1]], bank, i, STEP, site), (0, s.shape[1] - r)).to(dtype))
+            s = s.index_add(0, at, F.pad(plain_shrink(x[at // slots.shape[1]], bank, i, step, site), (0, s.shape[1] - r)).to(dtype))
         parts.append(s)
     return torch.cat(parts, 1).view(*ids.shape, -1)
 
@@ -66,7 +66,7 @@ def _rmsnorm(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtyp
 
     def plain():
         xn = plain_rmsnorm(x, gamma, EPS, **casting)
-        return xn, _plain_s(xn, banks, on.ids, sites)
+        return xn, plain_s(xn, banks, on.ids, sites)
 
     return on.joined(lambda: rmsnorm_lora_shrink(x, gamma, EPS, banks, on.plan(), sites=sites, backend=backend, **casting), plain, banks, n_in, ("x",))
 
@@ -79,7 +79,7 @@ def _swiglu(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtype
 
     def plain():
         h = (F.silu(gate) if act == "silu" else F.gelu(gate, approximate="tanh")) * up
-        return h, _plain_s(h, banks, on.ids, [SITE])
+        return h, plain_s(h, banks, on.ids, [SITE])
 
     options = dict(act=act, site=SITE, backend=backend)
     return on.joined(lambda: swiglu_lora_shrink(gate, up, banks[0], on.plan(), **options), plain, banks, n_in, ("gate", "up"))
