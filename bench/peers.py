@@ -104,3 +104,18 @@ def liger_cross_entropy(device):
         raise Unavailable("Liger's kernels take CUDA tensors only")
     loss = require("liger_kernel.transformers", "liger-kernel").LigerCrossEntropyLoss(reduction="none")
     return lambda logits, target: loss(logits, target)
+
+
+def liger_rmsnorm(device, eps):
+    """Liger's RMSNorm with Llama's rounding."""
+    if device != "cuda":
+        raise Unavailable("Liger's kernels take CUDA tensors only")
+    function = require("liger_kernel.ops.rms_norm", "liger-kernel").LigerRMSNormFunction
+    return lambda x, gamma: function.apply(x, gamma, eps, 0.0, "llama", False)
+
+
+def liger_swiglu(device):
+    """Liger's silu(gate) * up."""
+    if device != "cuda":
+        raise Unavailable("Liger's kernels take CUDA tensors only")
+    return require("liger_kernel.ops.swiglu", "liger-kernel").LigerSiLUMulFunction.apply

@@ -26,7 +26,7 @@ def position_tile(
     end = tl.load(offsets_ptr + adapter + 1, mask=adapter < n_adapters, other=n_positions)
     o_j = begin + (tile - tl.load(p_tiles + adapter)) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_row = o_j < end
-    return adapter, tl.load(perm_ptr + o_j, mask=m_row, other=0).to(tl.int64), m_row, o_j - begin
+    return adapter, tl.load(perm_ptr + o_j, mask=m_row, other=0), m_row, o_j - begin
 
 
 @triton.jit

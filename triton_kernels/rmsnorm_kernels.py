@@ -95,7 +95,7 @@ def _rmsnorm_shrink_kernel(
     adapter, b_p, m_row, uid = position_tile(
         tl.program_id(0), perm_ptr, offsets_ptr, tiles_ptr, n_positions, n_adapters, TILE_INDEX, BLOCK_M
     )
-    b_t, m_write = b_p // n_slots, m_row & (b_p % n_slots == 0)
+    b_t, m_write = (b_p // n_slots).to(tl.int64), m_row & (b_p % n_slots == 0)
     p_x, p_xn = x_ptr + b_t[:, None] * stride_x, xn_ptr + b_t[:, None] * d_in
     square = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     for k in range(0, d_in, BLOCK_K):
@@ -106,7 +106,7 @@ def _rmsnorm_shrink_kernel(
     b_r = tl.math.div_rn(1.0, tl.sqrt_rn(tl.sum(square, axis=1) / d_in + eps))
     tl.store(rstd_ptr + b_t, b_r, mask=m_write)
 
-    p_s = s_ptr + b_p[:, None] * stride_s
+    p_s = s_ptr + b_p[:, None].to(tl.int64) * stride_s
     fill_s(p_s, m_row, table_ptr, n_adapters, adapter, TARGETS, FILL_R, ALIGN)
     rank = largest_rank(table_ptr, n_adapters, adapter, TARGETS, ALIGN)
     if rank == 0:
@@ -196,13 +196,13 @@ def _rmsnorm_dx_kernel(
     tile = tl.program_id(0)
     adapter, b_p, m_row, uid = position_tile(tile, perm_ptr, offsets_ptr, tiles_ptr, n_positions, n_adapters, TILE_INDEX, BLOCK_M)
     m_row &= b_p % n_slots == slot
-    b_t = b_p // n_slots
+    b_t = (b_p // n_slots).to(tl.int64)
     b_r = tl.load(rstd_ptr + b_t, mask=m_row, other=0.0)
     p_x, p_dx = x_ptr + b_t[:, None] * stride_x, dx_ptr + b_t[:, None] * stride_dx
-    p_dxn, p_ds = dxn_ptr + b_t[:, None] * stride_dxn, ds_ptr + b_p[:, None] * stride_ds
+    p_dxn, p_ds = dxn_ptr + b_t[:, None] * stride_dxn, ds_ptr + b_p[:, None].to(tl.int64) * stride_ds
     b_mean = tl.zeros([BLOCK_M], tl.float32)
     if FIRST and HAS_DX:
-        p_s = s_ptr + b_p[:, None] * stride_s
+        p_s = s_ptr + b_p[:, None].to(tl.int64) * stride_s
         b_mean = _row_product(p_x, p_dxn, p_s, p_ds, m_row, b_r, gamma_ptr, offset, stride_s, stride_ds, d_in, s_width, n_slots, BLOCK_K) / d_in
     for k in tl.range(0, d_in, BLOCK_K, num_stages=1):
         o_k = k + tl.arange(0, BLOCK_K)
@@ -241,13 +241,13 @@ def _normed_grad_dot(
     for j in range(0, n_rows, BLOCK_J):
         o_j = j + tl.arange(0, BLOCK_J)
         m_j = o_j < n_rows
-        b_p = tl.load(perm_ptr + o_j, mask=m_j, other=0).to(tl.int64)
-        b_t = b_p // n_slots
+        b_p = tl.load(perm_ptr + o_j, mask=m_j, other=0)
+        b_t = (b_p // n_slots).to(tl.int64)
         # [J, W]
         b_x = tl.load(x_ptr + b_t[:, None] * stride_x + o_c[None, :], mask=m_j[:, None] & m_c[None, :], other=0.0)
         b_xn, _ = _scaled(b_x, tl.load(rstd_ptr + b_t, mask=m_j, other=0.0), b_w, ROUND_FIRST)
         # [J, R]
-        b_ds = tl.load(ds_ptr + b_p[:, None] * stride_ds + o_r[None, :], mask=m_j[:, None] & m_r[None, :], other=0.0)
+        b_ds = tl.load(ds_ptr + b_p[:, None].to(tl.int64) * stride_ds + o_r[None, :], mask=m_j[:, None] & m_r[None, :], other=0.0)
         if DROPOUT:
             b_xn = tl.where(dropout_keep(seed, uid0 + o_j, column, site, step, threshold, BLOCK_W), b_xn, 0.0)
         acc = tl.dot(tl.trans(b_xn.to(b_ds.dtype)), b_ds, acc, input_precision="ieee")

@@ -85,9 +85,9 @@ def _swiglu_shrink_kernel(
     adapter, b_p, m_row, uid = position_tile(
         tl.program_id(0), perm_ptr, offsets_ptr, tiles_ptr, n_positions, n_adapters, TILE_INDEX, BLOCK_M
     )
-    b_t, m_write = b_p // n_slots, m_row & (b_p % n_slots == 0)
+    b_t, m_write = (b_p // n_slots).to(tl.int64), m_row & (b_p % n_slots == 0)
     p_gate, p_up = gate_ptr + b_t[:, None] * stride_gate, up_ptr + b_t[:, None] * stride_up
-    p_h, p_s = h_ptr + b_t[:, None] * d_in, s_ptr + b_p[:, None] * stride_s
+    p_h, p_s = h_ptr + b_t[:, None] * d_in, s_ptr + b_p[:, None].to(tl.int64) * stride_s
     fill_s(p_s, m_row, table_ptr, n_adapters, adapter, 1, FILL_R, ALIGN)
     rank = largest_rank(table_ptr, n_adapters, adapter, 1, ALIGN)
     if rank == 0:
@@ -124,12 +124,15 @@ def _lora_dh(b_ds, p_ds, m_j, p_A, stride_A, rank, o_c, m_c, BLOCK_R: tl.constex
 
 @triton.jit
 def _swiglu_chunk(
-    p_gate, stride_gate, p_up, stride_up, p_dh, stride_dh, p_dgate, stride_dgate, p_dup, stride_dup,  # [W]: columns of row 0
-    m_c, column, ds_ptr, stride_ds, perm_ptr, n_rows, n_slots, slot, uid0, p_A, stride_A, rank0, rank, mask,
+    rows, m_c, column, ds_ptr, stride_ds, perm_ptr, n_rows, n_slots, slot, uid0, p_A, stride_A, rank0, rank, mask,
     GELU: tl.constexpr, FIRST: tl.constexpr, WRITES: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """dgate and dup (if WRITES) of a chunk of positions and a tile of columns; returns h^T dS there, [W, R]."""
+    """dgate and dup (if WRITES) of a chunk of positions and a tile of columns; returns h^T dS there, [W, R].
+
+    rows: pointers to the columns of row 0 and row strides of gate, up, dh, dgate and dup.
+    """
+    p_gate, stride_gate, p_up, stride_up, p_dh, stride_dh, p_dgate, stride_dgate, p_dup, stride_dup = rows
     BLOCK_W: tl.constexpr = m_c.shape[0]
     threshold, seed, site, step = mask
     o_r = rank0 + tl.arange(0, BLOCK_R if BLOCK_R else 16)
@@ -138,8 +141,9 @@ def _swiglu_chunk(
     for j in range(0, n_rows, BLOCK_J):
         o_j = j + tl.arange(0, BLOCK_J)
         m_j = o_j < n_rows
-        b_p = tl.load(perm_ptr + o_j, mask=m_j, other=0).to(tl.int64)
-        b_t = (b_p // n_slots)[:, None]
+        b_p = tl.load(perm_ptr + o_j, mask=m_j, other=0)
+        b_t = (b_p // n_slots)[:, None].to(tl.int64)
+        p_ds = ds_ptr + b_p[:, None].to(tl.int64) * stride_ds
         m_row = m_j[:, None] & m_c[None, :]
         # [J, W]
         b_gate = tl.load(p_gate[None, :] + b_t * stride_gate, mask=m_row, other=0.0)
@@ -147,7 +151,7 @@ def _swiglu_chunk(
         a, slope = _gate(b_gate, GELU)
         if BLOCK_R:
             # [J, R]
-            b_ds = tl.load(ds_ptr + b_p[:, None] * stride_ds + o_r[None, :], mask=m_j[:, None] & (o_r < rank)[None, :], other=0.0)
+            b_ds = tl.load(p_ds + o_r[None, :], mask=m_j[:, None] & (o_r < rank)[None, :], other=0.0)
             if DROPOUT:
                 keep = dropout_keep(seed, uid0 + o_j, column, site, step, threshold, BLOCK_W)
         if WRITES:
@@ -156,7 +160,7 @@ def _swiglu_chunk(
             if FIRST:
                 total = tl.load(p_dh[None, :] + b_t * stride_dh, mask=m_row, other=0.0).to(tl.float32)
             if BLOCK_R:
-                lora = _lora_dh(b_ds, ds_ptr + b_p[:, None] * stride_ds, m_j, p_A, stride_A, rank, o_c, m_c, BLOCK_R)
+                lora = _lora_dh(b_ds, p_ds, m_j, p_A, stride_A, rank, o_c, m_c, BLOCK_R)
                 if DROPOUT:
                     lora = tl.where(keep, lora, 0.0)
                 total = tl.fma(lora, dropout_scale(threshold, DROPOUT), total)
@@ -203,12 +207,12 @@ def _swiglu_bwd_kernel(
 
     o_c = column + tl.arange(0, BLOCK_W)
     m_c, n_rows = o_c < d_in, tl.minimum(end - begin, CHUNK_ROWS)
+    rows = (gate_ptr + o_c, stride_gate, up_ptr + o_c, stride_up, dh_ptr + o_c, stride_dh)
+    rows += (dgate_ptr + o_c, stride_dgate, dup_ptr + o_c, stride_dup)
     if rank == 0:
         if HAS_DX:
             _swiglu_chunk(
-                gate_ptr + o_c, stride_gate, up_ptr + o_c, stride_up, dh_ptr + o_c, stride_dh,
-                dgate_ptr + o_c, stride_dgate, dup_ptr + o_c, stride_dup,
-                m_c, column, ds_ptr, stride_ds, perm_ptr + begin, n_rows, n_slots, slot, chunk * CHUNK_ROWS, None, 0, 0, 0,
+                rows, m_c, column, ds_ptr, stride_ds, perm_ptr + begin, n_rows, n_slots, slot, chunk * CHUNK_ROWS, None, 0, 0, 0,
                 (0, 0, 0, 0), GELU, FIRST, True, False, 0, BLOCK_J,
             )  # fmt: skip
         return
@@ -226,9 +230,7 @@ def _swiglu_bwd_kernel(
                     if (writes == 0 and b == 2) or writes == 1:
                         if (rank0 == 0) == (writes == 1):
                             acc = _swiglu_chunk(
-                                gate_ptr + o_c, stride_gate, up_ptr + o_c, stride_up, dh_ptr + o_c, stride_dh,
-                                dgate_ptr + o_c, stride_dgate, dup_ptr + o_c, stride_dup,
-                                m_c, column, ds_ptr, stride_ds, perm_ptr + begin, n_rows, n_slots, slot, chunk * CHUNK_ROWS,
+                                rows, m_c, column, ds_ptr, stride_ds, perm_ptr + begin, n_rows, n_slots, slot, chunk * CHUNK_ROWS,
                                 p_A + o_c, stride_A, rank0, rank, mask,
                                 GELU, FIRST, HAS_DX and writes == 1, DROPOUT, 16 << b, BLOCK_J,
                             )  # fmt: skip
