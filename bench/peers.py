@@ -119,3 +119,18 @@ def liger_linear_cross_entropy(problem):
     loss = require("liger_kernel.transformers", "liger-kernel").LigerFusedLinearCrossEntropyLoss(reduction="sum")
     hidden, weight, n_tasks = *problem.leaves.values(), problem.case.shape["J"]
     return problem.call(lambda: (loss(weight, hidden, problem.fixed["target"]) / n_tasks).expand(n_tasks))
+
+
+def liger_rmsnorm(device, eps):
+    """Liger's RMSNorm with Llama's rounding."""
+    if device != "cuda":
+        raise Unavailable("Liger's kernels take CUDA tensors only")
+    function = require("liger_kernel.ops.rms_norm", "liger-kernel").LigerRMSNormFunction
+    return lambda x, gamma: function.apply(x, gamma, eps, 0.0, "llama", False)
+
+
+def liger_swiglu(device):
+    """Liger's silu(gate) * up."""
+    if device != "cuda":
+        raise Unavailable("Liger's kernels take CUDA tensors only")
+    return require("liger_kernel.ops.swiglu", "liger-kernel").LigerSiLUMulFunction.apply

@@ -26,6 +26,20 @@ STABLE_TORCH_LIBRARY(mtkernels_C, m) {
       "lora_bwd(Tensor[] dys, Tensor x, Tensor s, Tensor[] A, Tensor[] B, Tensor[] bias, Tensor[] scale, Tensor[] threshold,"
       " Tensor[] seeds, Tensor? gates, Tensor offsets, Tensor perm, Tensor tiles, Tensor step, int[] sites, bool dropout,"
       " Tensor(a!)? dx, Tensor(b!)? e, Tensor(c!)[] dA, Tensor(d!)[] dB, Tensor(e!)[] dbias) -> ()");
+  m.def(
+      "rmsnorm_lora_shrink_fwd(Tensor x, Tensor gamma, float eps, float offset, bool round_first, Tensor[] A, Tensor[] threshold,"
+      " Tensor[] seeds, Tensor offsets, Tensor perm, Tensor tiles, Tensor step, int[] sites, bool dropout) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "rmsnorm_lora_shrink_bwd(Tensor dxn, Tensor ds, Tensor x, Tensor gamma, Tensor rstd, Tensor s, float offset, bool round_first,"
+      " Tensor[] A, Tensor[] threshold, Tensor[] seeds, Tensor offsets, Tensor perm, Tensor tiles, Tensor step, int[] sites, bool dropout,"
+      " Tensor(a!)? dx, Tensor(b!)? dgamma, Tensor(c!)[] dA) -> ()");
+  m.def(
+      "swiglu_lora_shrink_fwd(Tensor gate, Tensor up, int act, Tensor[] A, Tensor[] threshold, Tensor[] seeds, Tensor offsets, Tensor perm,"
+      " Tensor tiles, Tensor step, int[] sites, bool dropout) -> (Tensor, Tensor)");
+  m.def(
+      "swiglu_lora_shrink_bwd(Tensor dh, Tensor ds, Tensor gate, Tensor up, int act, Tensor[] A, Tensor[] threshold, Tensor[] seeds,"
+      " Tensor offsets, Tensor perm, Tensor tiles, Tensor step, int[] sites, bool dropout, Tensor(a!)? dgate, Tensor(b!)? dup,"
+      " Tensor(c!)[] dA) -> ()");
   m.def("lora_base_linear(Tensor x, Tensor w, Tensor? bias) -> Tensor");
   m.def("lora_base_dx(Tensor dy, Tensor w) -> Tensor");
   m.def("cpu_has_fast_mkl() -> bool");
@@ -56,6 +70,10 @@ STABLE_TORCH_LIBRARY_IMPL(mtkernels_C, CPU, m) {
   m.impl("lora_expand_bwd", TORCH_BOX(&cpu::lora_expand_bwd));
   m.impl("lora_fwd", TORCH_BOX(&cpu::lora_fwd));
   m.impl("lora_bwd", TORCH_BOX(&cpu::lora_bwd));
+  m.impl("rmsnorm_lora_shrink_fwd", TORCH_BOX(&cpu::rmsnorm_lora_shrink_fwd));
+  m.impl("rmsnorm_lora_shrink_bwd", TORCH_BOX(&cpu::rmsnorm_lora_shrink_bwd));
+  m.impl("swiglu_lora_shrink_fwd", TORCH_BOX(&cpu::swiglu_lora_shrink_fwd));
+  m.impl("swiglu_lora_shrink_bwd", TORCH_BOX(&cpu::swiglu_lora_shrink_bwd));
   m.impl("lora_base_linear", TORCH_BOX(&cpu::lora_base_linear));
   m.impl("lora_base_dx", TORCH_BOX(&cpu::lora_base_dx));
   m.impl("lora_embedding_fwd", TORCH_BOX(&cpu::lora_embedding_fwd));

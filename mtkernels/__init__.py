@@ -30,6 +30,9 @@ from .ops import (
     lora_linear,
     lora_linear_group,
     lora_shrink,
+    lora_swiglu_mlp,
+    rmsnorm_lora_shrink,
+    swiglu_lora_shrink,
     task_cross_entropy,
     task_reduce,
 )
@@ -63,7 +66,10 @@ __all__ = [
     "lora_linear_group",
     "lora_merge_",
     "lora_shrink",
+    "lora_swiglu_mlp",
     "lora_unmerge_",
+    "rmsnorm_lora_shrink",
+    "swiglu_lora_shrink",
     "task_cross_entropy",
     "task_reduce",
 ]

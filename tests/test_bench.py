@@ -23,6 +23,8 @@ TINY = {
     "lora_expand": dict(T=24, O=12, ranks=(1, 3, 4), K=2),
     "lora_embedding": dict(T=24, V=16, O=12, ranks=(1, 3, 4)),
     "dora": dict(T=24, D=16, O=12, ranks=(1, 3, 4)),
+    "rmsnorm_lora_shrink": dict(T=24, D=16, ranks=(1, 3, 4), p=0.25),
+    "swiglu_lora_shrink": dict(T=24, D=16, ranks=(1, 3, 4), p=0.25),
     "task_reduce": dict(T=40, J=3),
     "task_cross_entropy": dict(T=20, V=11, J=3),
 }

@@ -3,6 +3,8 @@
 
 #include "lora_call.h"
 
+#include <tuple>
+
 namespace mtk::cpu {
 
 // S [positions, sum of the targets' largest ranks].
@@ -25,6 +27,20 @@ Tensor lora_fwd(Tensor x, Tensors A, Tensors B, Tensors bias, Tensors scale, Ten
 void lora_bwd(Tensors dys, Tensor x, Tensor s, Tensors A, Tensors B, Tensors bias, Tensors scale, Tensors threshold, Tensors seeds,
               OptionalTensor gates, Tensor offsets, Tensor perm, Tensor tiles, Tensor step, Ints sites, bool dropout, OptionalTensor dx,
               OptionalTensor e, Tensors dA, Tensors dB, Tensors dbias);
+
+// x normalised, its S, and 1 / rms [T]. The backward writes dx and dgamma, if given, and every dA that is not empty.
+std::tuple<Tensor, Tensor, Tensor> rmsnorm_lora_shrink_fwd(Tensor x, Tensor gamma, double eps, double offset, bool round_first, Tensors A,
+                                                           Tensors threshold, Tensors seeds, Tensor offsets, Tensor perm, Tensor tiles,
+                                                           Tensor step, Ints sites, bool dropout);
+void rmsnorm_lora_shrink_bwd(Tensor dxn, Tensor ds, Tensor x, Tensor gamma, Tensor rstd, Tensor s, double offset, bool round_first, Tensors A,
+                             Tensors threshold, Tensors seeds, Tensor offsets, Tensor perm, Tensor tiles, Tensor step, Ints sites,
+                             bool dropout, OptionalTensor dx, OptionalTensor dgamma, Tensors dA);
+// act(gate) up and its S; act: index in mtkernels/reference/swiglu_lora_shrink.py. The backward writes dgate and dup, if given, and the dA.
+std::tuple<Tensor, Tensor> swiglu_lora_shrink_fwd(Tensor gate, Tensor up, int64_t act, Tensors A, Tensors threshold, Tensors seeds,
+                                                  Tensor offsets, Tensor perm, Tensor tiles, Tensor step, Ints sites, bool dropout);
+void swiglu_lora_shrink_bwd(Tensor dh, Tensor ds, Tensor gate, Tensor up, int64_t act, Tensors A, Tensors threshold, Tensors seeds,
+                            Tensor offsets, Tensor perm, Tensor tiles, Tensor step, Ints sites, bool dropout, OptionalTensor dgate,
+                            OptionalTensor dup, Tensors dA);
 
 // The shared frozen layer in a fixed order of operations, float32 or 16-bit: x w^T + bias, and dy w.
 Tensor lora_base_linear(Tensor x, Tensor w, std::optional<Tensor> bias);

@@ -23,6 +23,9 @@ int64_t row_groups(int64_t n) { return std::max<int64_t>(1, ceil_div(n, kGroupRo
 constexpr int64_t kMaxPieces = 8;
 int64_t piece_cols(int64_t cols) { return std::max<int64_t>(1, ceil_div(ceil_div(cols, kItemCols), kMaxPieces)) * kItemCols; }
 
+// Rows made and then read again: few enough to stay in cache, enough to pay for packing the factors.
+constexpr int64_t kMadeRows = 2 * 72;
+
 // Per column; the constants stand for moving a row and for packing the factors.
 int64_t cost(int64_t ranks, int64_t rows) { return (rows + 8) * (ranks + 24); }
 
@@ -129,6 +132,32 @@ void run_shrink(const LoraPlan& plan) {
   Items items;
   add_row_items(plan, -1, 0, plan.call.D, items);
   run(plan, items, lora_kernels().shrink, false);
+}
+
+void make_rows(const LoraPlan& plan, const MakeRows& make) {
+  run_items(ceil_div(plan.n_positions, kMadeRows), 0, [&](int64_t i, float*) {
+    make(plan.perm + i * kMadeRows, std::min(kMadeRows, plan.n_positions - i * kMadeRows));
+  });
+}
+
+void run_shrink(const LoraPlan& plan, const MakeRows& make) {
+  if (plan.call.slots > 1) {  // the positions of a row lie in several items
+    make_rows(plan, make);
+    return run_shrink(plan);
+  }
+  Items items;
+  for (int64_t i = 0; i < plan.call.n_groups; ++i)
+    for (int64_t row = 0; row < plan.groups[i].n; row += kMadeRows)
+      items.push_back({i, -1, row, std::min(row + kMadeRows, plan.groups[i].n), 0, plan.call.D, 0});
+  const int64_t n = static_cast<int64_t>(items.size()), unowned = plan.n_positions - plan.n_owned;
+  run_items(n + ceil_div(unowned, kMadeRows), lora_kernels().scratch(plan.max_ranks(), plan.call.n_targets), [&](int64_t i, float* scratch) {
+    if (i >= n) {
+      const int64_t row = (i - n) * kMadeRows;
+      return make(plan.perm + plan.n_owned + row, std::min(kMadeRows, unowned - row));
+    }
+    make(plan.groups[items[i].group].positions + items[i].row0, items[i].row1 - items[i].row0);
+    lora_kernels().shrink(plan.call, items[i], scratch);
+  });
 }
 
 void run_expand(const LoraPlan& plan) {

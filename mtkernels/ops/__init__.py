@@ -6,6 +6,8 @@ from .lora import lora_delta, lora_delta_group, lora_fan_out, lora_linear, lora_
 from .lora_embedding import lora_embedding
 from .lora_expand import lora_expand
 from .lora_shrink import lora_shrink
+from .rmsnorm_lora_shrink import rmsnorm_lora_shrink
+from .swiglu_lora_shrink import lora_swiglu_mlp, swiglu_lora_shrink
 from .task_cross_entropy import task_cross_entropy
 from .task_reduce import task_reduce
 
@@ -16,6 +18,8 @@ STEMS = {
     "lora_expand": ("lora_expand",),
     "lora_embedding": ("lora_embedding",),
     "dora": ("dora_linear", "dora_scale", "dora_norm", "dora_dropout", "dora_rescale"),
+    "rmsnorm_lora_shrink": ("rmsnorm_lora_shrink",),
+    "swiglu_lora_shrink": ("swiglu_lora_shrink", "lora_swiglu_mlp"),
     "task_reduce": ("task_reduce",),
     "task_cross_entropy": ("task_cross_entropy",),
 }
@@ -26,6 +30,7 @@ COMPOSED = {
     "lora_fan_out": "lora_delta",
     "dora_linear": "dora_rescale",
     "dora_scale": "dora_norm",
+    "lora_swiglu_mlp": "swiglu_lora_shrink",
 }
 
 

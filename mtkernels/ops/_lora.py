@@ -9,13 +9,13 @@ from ..plan import check_plan
 # Target by target: params of A and of B, bias of every adapter (or none at all), scale/threshold/seeds [n].
 BANK = "Tensor[] A, Tensor[] B, Tensor[] lora_bias, Tensor[] scale, Tensor[] threshold, Tensor[] seeds, int[] ranks, int[] layouts"
 PLAN = "Tensor ids, Tensor offsets, Tensor perm, Tensor tiles, Tensor step"
+# What a shrink alone reads of its banks.
+SHRINK = f"Tensor[] A, Tensor[] threshold, Tensor[] seeds, int[] ranks, int[] layouts, {PLAN}, int[] sites, bool dropout"
 
 
 def bank_args(op, banks):
     """The arguments of schema piece BANK."""
-    for g, bank in enumerate(banks):
-        if bank.dtype != banks[0].dtype:
-            raise TypeError(f"{op}: bank[{g}] is {bank.dtype}, bank[0] is {banks[0].dtype}; use one dtype")
+    _check_dtypes(op, banks)
     bias = [t for bank in banks for t in (bank.bias or [bank.params_A[0].new_empty(0)] * len(bank))] if any(bank.bias for bank in banks) else []
     return (
         [t for bank in banks for t in bank.params_A],
@@ -27,6 +27,22 @@ def bank_args(op, banks):
         [r for bank in banks for r in bank.ranks],
         [LAYOUTS.index(bank.layout) for bank in banks],
     )
+
+
+def shrink_args(op, banks, plan, sites, training):
+    """The arguments of schema piece SHRINK."""
+    _check_dtypes(op, banks)
+    if any(bank.main_grad for bank in banks):
+        raise ValueError(f"{op}: a bank accumulates into main_grad, which lora_linear and lora_delta do; set bank.main_grad = False to get .grad here")
+    factors = [t for bank in banks for t in bank.params_A], [bank.threshold for bank in banks], [bank.seeds for bank in banks]
+    layouts = [LAYOUTS.index(bank.layout) for bank in banks]
+    return *factors, [r for bank in banks for r in bank.ranks], layouts, *plan_args(plan), list(sites), training
+
+
+def _check_dtypes(op, banks):
+    for g, bank in enumerate(banks):
+        if bank.dtype != banks[0].dtype:
+            raise TypeError(f"{op}: bank[{g}] is {bank.dtype}, bank[0] is {banks[0].dtype}; use one dtype")
 
 
 def main_grads(banks):

@@ -20,7 +20,7 @@ def plain_lora(x, y, bank, ids, step, site, gates=None):
     ids = ids.reshape(len(x), -1)
     for i, (a, b) in enumerate(zip(bank.A, bank.B)):
         rows, slots = (ids == i).nonzero(as_tuple=True)
-        delta = _plain_shrink(x[rows], bank, i, step, site) @ b.T
+        delta = plain_shrink(x[rows], bank, i, step, site) @ b.T
         if bank.bias and bank.bias[i].numel():
             delta = delta + bank.bias[i]
         delta = delta * bank.scale[i]
@@ -30,7 +30,7 @@ def plain_lora(x, y, bank, ids, step, site, gates=None):
     return y
 
 
-def _plain_shrink(rows, bank, i, step, site):
+def plain_shrink(rows, bank, i, step, site):
     xd, t = rows.to(bank.A[i].dtype), int(bank.threshold[i])
     if t:
         keep = keep_mask(len(rows), rows.shape[1], t, int(bank.seeds[i]), torch.tensor(step), site, "cpu").to(rows.device)
@@ -136,7 +136,7 @@ def _shrink(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtype
         s = torch.zeros(len(x), R, dtype=torch.promote_types(x.dtype, bank.dtype), device=x.device)
         for i, r in enumerate(RANKS):
             rows = (on.ids == i).nonzero()[:, 0]
-            s = s.index_add(0, rows, F.pad(_plain_shrink(x[rows], bank, i, STEP, SITE), (0, R - r)).to(s.dtype))
+            s = s.index_add(0, rows, F.pad(plain_shrink(x[rows], bank, i, STEP, SITE), (0, R - r)).to(s.dtype))
         return s
 
     by_group = {key: g for key, g in on.by_group.items() if key[0] == "A"}
