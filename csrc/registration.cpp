@@ -27,7 +27,7 @@ STABLE_TORCH_LIBRARY(mtkernels_C, m) {
       " Tensor[] seeds, Tensor? gates, Tensor offsets, Tensor perm, Tensor tiles, Tensor step, int[] sites, bool dropout,"
       " Tensor(a!)? dx, Tensor(b!)? e, Tensor(c!)[] dA, Tensor(d!)[] dB, Tensor(e!)[] dbias) -> ()");
   m.def("lora_base_linear(Tensor x, Tensor w, Tensor? bias) -> Tensor");
-  m.def("lora_base_dx(Tensor dy, Tensor w) -> Tensor");
+  m.def("lora_base_dx(Tensor[] dys, Tensor[] ws) -> Tensor");
   m.def("cpu_has_fast_mkl() -> bool");
   m.def("cpu_has_fast_16bit(bool fp16) -> bool");
   m.def("task_reduce_fwd(Tensor values, Tensor? coef, Tensor offsets, Tensor perm, Tensor tiles) -> Tensor");
