@@ -145,7 +145,7 @@ class _OwnLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        return _native.ops().lora_base_dx(dy, ctx.weight) if ctx.own else dy @ ctx.weight, None
+        return _native.ops().lora_base_dx([dy], [ctx.weight]) if ctx.own else dy @ ctx.weight, None
 
 
 def _own_base(problem):

@@ -41,7 +41,7 @@ STABLE_TORCH_LIBRARY(mtkernels_C, m) {
       " Tensor offsets, Tensor perm, Tensor tiles, Tensor step, int[] sites, bool dropout, Tensor(a!)? dgate, Tensor(b!)? dup,"
       " Tensor(c!)[] dA) -> ()");
   m.def("lora_base_linear(Tensor x, Tensor w, Tensor? bias) -> Tensor");
-  m.def("lora_base_dx(Tensor dy, Tensor w) -> Tensor");
+  m.def("lora_base_dx(Tensor[] dys, Tensor[] ws) -> Tensor");
   m.def("cpu_has_fast_mkl() -> bool");
   m.def("cpu_has_fast_16bit(bool fp16) -> bool");
   m.def("lora_embedding_fwd(Tensor token, Tensor[] A, Tensor ids, Tensor offsets, Tensor perm, Tensor tiles, Tensor(a!) s) -> ()");

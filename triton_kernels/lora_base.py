@@ -216,10 +216,10 @@ def lora_base_linear(x, weight, bias):
         return _launch_fwd(x, [weight], [bias], None, None, None, None)[0]
 
 
-def lora_base_dx(dy, weight):
-    """dy W in the fixed order."""
-    with torch.cuda.device_of(dy):
-        return _launch_dx([dy], [weight], None, None, None, None, False, weight.shape[1])
+def lora_base_dx(dys, weights):
+    """The sum of dy W over the layers, in the fixed order."""
+    with torch.cuda.device_of(dys[0]):
+        return _launch_dx(dys, weights, None, None, None, None, False, weights[0].shape[1])
 
 
 def lora_linear_fwd(

@@ -42,9 +42,9 @@ void swiglu_lora_shrink_bwd(Tensor dh, Tensor ds, Tensor gate, Tensor up, int64_
                             Tensor offsets, Tensor perm, Tensor tiles, Tensor step, Ints sites, bool dropout, OptionalTensor dgate,
                             OptionalTensor dup, Tensors dA);
 
-// The shared frozen layer in a fixed order of operations, float32 or 16-bit: x w^T + bias, and dy w.
-Tensor lora_base_linear(Tensor x, Tensor w, std::optional<Tensor> bias);
-Tensor lora_base_dx(Tensor dy, Tensor w);
+// The shared frozen layer in a fixed order of operations, float32 or 16-bit: x w^T + bias, and the sum over layers of dy w.
+Tensor lora_base_linear(Tensor x, Tensor w, OptionalTensor bias);
+Tensor lora_base_dx(Tensors dys, Tensors ws);
 
 // Whether MKL's float32 matmul runs on the vectors our kernels would use: it takes AVX-512 on Intel's processors only.
 bool cpu_has_fast_mkl();

@@ -14,34 +14,43 @@ namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-Tensor base_matmul(const char* name, const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias, bool transposed) {
-  STD_TORCH_CHECK(x.dim() == 2 && w.dim() == 2 && x.scalar_type() == w.scalar_type() && x.size(1) == w.size(transposed ? 1 : 0), name,
-                  " is ", describe(x), " and w is ", describe(w), "; give them one dtype and matching sizes");
-  check_floating("w", w);
-  check_rows(name, x, x.size(0), x.size(1));
-  check_rows("w", w, w.size(0), w.size(1));
+// x w^T + bias of one layer, or the sum over layers of dy w.
+Tensor base_matmul(const char* name, const Tensors& xs, const Tensors& ws, const OptionalTensor& bias, bool transposed) {
+  STD_TORCH_CHECK(!xs.empty() && xs.size() == ws.size(), "got ", xs.size(), " of ", name, " and ", ws.size(), " of w; give one of each per layer");
+  std::vector<BasePart> parts;
   BaseCall call = {};
+  for (size_t i = 0; i < xs.size(); ++i) {
+    const Tensor &x = xs[i], &w = ws[i];
+    STD_TORCH_CHECK(x.dim() == 2 && w.dim() == 2 && x.scalar_type() == w.scalar_type() && x.size(1) == w.size(transposed ? 1 : 0), name, " is ",
+                    describe(x), " and w is ", describe(w), "; give them one dtype and matching sizes");
+    check_floating("w", w);
+    STD_TORCH_CHECK(i == 0 || (x.scalar_type() == xs[0].scalar_type() && w.size(1) == ws[0].size(1)), "w is ", describe(w), ", the first is ",
+                    describe(ws[0]), "; layers of one input have one dtype and width");
+    check_rows(name, x, xs[0].size(0), x.size(1));
+    check_rows("w", w, w.size(0), w.size(1));
+    parts.push_back({x.data_ptr(), w.data_ptr(), x.stride(0), transposed ? 1 : w.stride(0), transposed ? w.stride(0) : 1, x.size(1)});
+  }
+  const Tensor &x = xs[0], &w = ws[0];
   call.type = element_of(x.scalar_type());
   call.M = x.size(0);
-  call.K = x.size(1);
   call.N = w.size(transposed ? 0 : 1);
+  call.n_parts = static_cast<int64_t>(parts.size());
+  call.parts = parts.data();
   if (bias) check_dense("bias", *bias, {call.N}, {x.scalar_type()});
   Tensor y = empty(x, {call.M, call.N}, x.scalar_type());
-  call.x = x.data_ptr();
-  call.w = w.data_ptr();
   call.bias = bias ? bias->data_ptr() : nullptr;
-  call.x_stride = x.stride(0);
-  call.k_stride = transposed ? 1 : w.stride(0);
-  call.n_stride = transposed ? w.stride(0) : 1;
   call.y = y.mutable_data_ptr();
 
-  // Equal pieces, in steps of what suits every register tile.
+  // Equal pieces, in steps of what suits every register tile; narrower ones where few rows leave threads without work.
   const int64_t pieces = std::max<int64_t>(1, ceil_div(call.M, kBaseRows)), rows = ceil_div(ceil_div(call.M, pieces), 12) * 12;
-  const int64_t row_parts = rows ? ceil_div(call.M, rows) : 0, col_parts = ceil_div(call.N, kBaseCols);
+  const int64_t row_parts = rows ? ceil_div(call.M, rows) : 0;
+  int64_t cols = kBaseCols;
+  while (cols > 64 && row_parts * ceil_div(call.N, cols) < 2 * static_cast<int64_t>(torch::stable::get_num_threads())) cols /= 2;
+  const int64_t col_parts = ceil_div(call.N, cols);
   const LoraKernels& kernels = lora_kernels();
   run_items(row_parts * col_parts, kernels.base_scratch(), [&](int64_t i, float* scratch) {
-    const int64_t row = i % row_parts, col = i / row_parts * kBaseCols;
-    kernels.base(call, row * rows, std::min(call.M, (row + 1) * rows), col, std::min(call.N, col + kBaseCols), scratch);
+    const int64_t row = i % row_parts, col = i / row_parts * cols;
+    kernels.base(call, row * rows, std::min(call.M, (row + 1) * rows), col, std::min(call.N, col + cols), scratch);
   });
   return y;
 }
@@ -61,9 +70,9 @@ bool detect_fast_16bit(bool fp16) {
 
 }  // namespace
 
-Tensor lora_base_linear(Tensor x, Tensor w, std::optional<Tensor> bias) { return base_matmul("x", x, w, bias, true); }
+Tensor lora_base_linear(Tensor x, Tensor w, OptionalTensor bias) { return base_matmul("x", {x}, {w}, bias, true); }
 
-Tensor lora_base_dx(Tensor dy, Tensor w) { return base_matmul("dy", dy, w, std::nullopt, false); }
+Tensor lora_base_dx(Tensors dys, Tensors ws) { return base_matmul("dy", dys, ws, std::nullopt, false); }
 
 bool cpu_has_fast_mkl() {
 #ifdef MTK_X86_KERNELS

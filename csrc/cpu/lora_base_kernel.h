@@ -1,4 +1,4 @@
-// The shared frozen layer: one tile of x w + bias in a fixed order.
+// The shared frozen layer: one tile of its output, or of its dx, in a fixed order.
 #pragma once
 
 #include "lora_blocks.h"
@@ -7,7 +7,7 @@ namespace mtk::cpu::MTK_ISA {
 
 static int64_t base_scratch() { return kBlockFloats + kBlock * kBaseCols + kBaseRows * kBaseCols + 256; }
 
-// y[row0..row1][col0..col1] = x w + bias: panels widened to fp32 in cache, one rounding at the end.
+// y[row0..row1][col0..col1]: panels widened to fp32 in cache, one rounding at the end.
 static void base(const BaseCall& call, int64_t row0, int64_t row1, int64_t col0, int64_t col1, float* scratch) {
   Arena arena{scratch};
   float* block = Arena::take(&arena, kBlockFloats);
@@ -17,17 +17,18 @@ static void base(const BaseCall& call, int64_t row0, int64_t row1, int64_t col0,
   fill_zero(acc, (row1 - row0) * acc_stride);
   int32_t rows[kRows];
   for (int32_t i = 0; i < kRows; ++i) rows[i] = i;
-  for (int64_t q = 0; q < call.K; q += kBlock) {
-    const int64_t k = least(kBlock, call.K - q);
-    MTK_WITH_TYPE(call.type, T, {
-      pack_dot_panel(at<T>(call.w, q * call.k_stride + col0 * call.n_stride), call.k_stride, call.n_stride, k, n, panel);
-      for (int64_t i = row0; i < row1; i += kRows) {
-        const int64_t m = least(kRows, row1 - i);
-        pack_rows(at<T>(call.x, i * call.x_stride), call.x_stride, rows, m, q, k, block, nullptr, 0);
-        dot_block(block, m, k, panel, n, acc + (i - row0) * acc_stride, acc_stride);
-      }
-    });
-  }
+  for (const BasePart* part = call.parts; part < call.parts + call.n_parts; ++part)
+    for (int64_t q = 0; q < part->K; q += kBlock) {
+      const int64_t k = least(kBlock, part->K - q);
+      MTK_WITH_TYPE(call.type, T, {
+        pack_dot_panel(at<T>(part->w, q * part->k_stride + col0 * part->n_stride), part->k_stride, part->n_stride, k, n, panel);
+        for (int64_t i = row0; i < row1; i += kRows) {
+          const int64_t m = least(kRows, row1 - i);
+          pack_rows(at<T>(part->x, i * part->x_stride), part->x_stride, rows, m, q, k, block, nullptr, 0);
+          dot_block(block, m, k, panel, n, acc + (i - row0) * acc_stride, acc_stride);
+        }
+      });
+    }
   MTK_WITH_TYPE(call.type, T, {
     for (int64_t i = row0; i < row1; ++i) {
       float line[kBaseCols];

@@ -80,12 +80,18 @@ constexpr int64_t kGroupRows = 1024;
 // Columns that items and planes of d are aligned to.
 constexpr int64_t kItemCols = 256;
 
+// y = bias + sum over parts of x w, x [M, K] and w(k, n) at w[k * k_stride + n * n_stride].
+struct BasePart {
+  const void *x, *w;
+  int64_t x_stride, k_stride, n_stride, K;
+};
+
 struct BaseCall {
   Element type;
-  const void *x, *w, *bias;  // [M, K], w(k, n) at w[k * k_stride + n * n_stride], [N] or null
-  int64_t x_stride, k_stride, n_stride;
-  int64_t M, K, N;
-  void* y;  // [M, N]
+  int64_t M, N, n_parts;
+  const BasePart* parts;
+  const void* bias;  // [N] or null
+  void* y;           // [M, N]
 };
 
 constexpr int64_t kBaseRows = 360;

@@ -90,10 +90,7 @@ def _base_dx(run, dys, weight, x, batch_invariant):
     if not weight:
         return x.new_zeros(x.shape)
     if _own_base(run, x, batch_invariant):
-        dx = run.lora_base_dx(dys[0], weight[0])
-        for dy, w in zip(dys[1:], weight[1:]):
-            dx += run.lora_base_dx(dy, w)
-        return dx
+        return run.lora_base_dx(dys, weight)
     dx = dys[0] @ weight[0]
     for dy, w in zip(dys[1:], weight[1:]):
         dx.addmm_(dy, w)
