@@ -8,16 +8,18 @@ import mtkernels as mtk
 from mtkernels.testing import plain_lora, plain_rmsnorm
 
 from . import peers
-from .registry import DTYPES, Case, Draw, Problem, Provider, ours
+from .registry import DTYPES, Case, Draw, Problem, Provider, Work, ours
 
 SCALE, STEP, EPS = 2.0, 11, 1e-5
 MIXED = dict(T=2048, D=1024, ranks=(4, 8, 8, 16, 16, 32, 64, 64), p=0.05)
+EVEN = {**MIXED, "T": 512, "D": 512, "p": 0.0}
 WIDE = dict(T=2048, D=4096, ranks=(16,) * 8, p=0.05)
 
 
 def cases():
     return [
         Case("rmsnorm_lora_shrink", "mixed", MIXED, "separate", ("quick", "full")),
+        Case("rmsnorm_lora_shrink", "even", EVEN, "separate", ("cost",), dtypes=("bf16",)),
         Case("rmsnorm_lora_shrink", "wide", WIDE, "separate", ("full",)),
     ]
 
@@ -30,10 +32,13 @@ def inputs(case, device):
     return Problem(case, leaves, {"ids": draw.ints(len(s["ranks"]), s["T"])}, draw.normal(s["T"], s["D"]), ("x",))
 
 
-def cost(case, mode):
-    s, passes = case.shape, {"fwd": (3, 1), "bwd": (5, 2), "full": (8, 3)}[mode]  # x, xn, y; dy, x twice, dxn, dx
+def cost(case):
+    s, width = case.shape, DTYPES[case.dtype].itemsize
+    rows, factors = s["T"] * s["D"], 2 * s["D"] * sum(s["ranks"])
     flops = 4 * s["T"] * s["D"] * sum(s["ranks"]) / len(s["ranks"])
-    return (passes[0] * s["T"] * s["D"] + passes[1] * 2 * s["D"] * sum(s["ranks"])) * DTYPES[case.dtype].itemsize, passes[1] * flops
+    # x, xn, y; then dy, x twice, dxn, dx
+    forward, backward = 3 * rows + factors, 5 * rows + 2 * factors
+    return {"fwd": Work(forward * width, flops, flops), "bwd": Work(backward * width, 2 * flops, 2 * flops)}
 
 
 def saved_limit(case):

@@ -7,10 +7,11 @@ import mtkernels as mtk
 from mtkernels.testing import plain_lora
 
 from . import peers
-from .registry import DTYPES, Case, Draw, Problem, Provider, ours
+from .registry import DTYPES, Case, Draw, Problem, Provider, Work, ours
 
 SCALE, STEP = 2.0, 11
 MIXED = dict(T=2048, D=1024, ranks=(4, 8, 8, 16, 16, 32, 64, 64), p=0.05)
+EVEN = {**MIXED, "T": 512, "D": 512, "p": 0.0}
 MLP = dict(T=1024, D=1024, H=2816, ranks=(16,) * 8, p=0.05)
 SIDES = ("gate", "up", "down")
 
@@ -18,6 +19,7 @@ SIDES = ("gate", "up", "down")
 def cases():
     return [
         Case("swiglu_lora_shrink", "mixed", MIXED, "separate", ("quick", "full")),
+        Case("swiglu_lora_shrink", "even", EVEN, "separate", ("cost",), dtypes=("bf16",)),
         Case("lora_swiglu_mlp", "Llama block", MLP, "separate", ("full",)),
     ]
 
@@ -42,14 +44,14 @@ def inputs(case, device):
     return Problem(case, leaves, {**fixed, "ids": draw.ints(len(s["ranks"]), s["T"])}, draw.normal(s["T"], s["D"]), rows)
 
 
-def cost(case, mode):
-    s, ranks = case.shape, case.shape["ranks"]
+def cost(case):
+    s, ranks, width = case.shape, case.shape["ranks"], DTYPES[case.dtype].itemsize
     features = sum(sum(shape) for shape in _shapes(s).values()) if _is_mlp(case) else 2 * s["D"]
     weights = 3 * s["D"] * s["H"] if _is_mlp(case) else 0
     rows = s["T"] * (2 * s["D"] + 3 * s["H"] if _is_mlp(case) else 4 * s["D"])  # gate, up, h, y
-    passes = {"fwd": 1, "bwd": 2, "full": 3}[mode]
-    flops = 2 * s["T"] * (weights + features * sum(ranks) / len(ranks))
-    return passes * (rows + weights + features * sum(ranks)) * DTYPES[case.dtype].itemsize, passes * flops
+    n_bytes = (rows + features * sum(ranks) + weights) * width
+    base, lora = 2 * s["T"] * weights, 2 * s["T"] * features * sum(ranks) / len(ranks)
+    return {"fwd": Work(n_bytes, base + lora, lora, base), "bwd": Work(2 * n_bytes, base + 2 * lora, 2 * lora, base)}
 
 
 def saved_limit(case):

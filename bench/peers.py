@@ -123,14 +123,12 @@ def liger_linear_cross_entropy(problem):
 
 def liger_rmsnorm(device, eps):
     """Liger's RMSNorm with Llama's rounding."""
-    if device != "cuda":
-        raise Unavailable("Liger's kernels take CUDA tensors only")
+    takes_triton(device)
     function = require("liger_kernel.ops.rms_norm", "liger-kernel").LigerRMSNormFunction
     return lambda x, gamma: function.apply(x, gamma, eps, 0.0, "llama", False)
 
 
 def liger_swiglu(device):
     """Liger's silu(gate) * up."""
-    if device != "cuda":
-        raise Unavailable("Liger's kernels take CUDA tensors only")
+    takes_triton(device)
     return require("liger_kernel.ops.swiglu", "liger-kernel").LigerSiLUMulFunction.apply
