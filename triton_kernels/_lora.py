@@ -94,7 +94,7 @@ def _bank(pointers, strides, vectors, sites, ranks, d_in, d_out, dtype, grad, de
     layout = _layout((*s_B, *s_dB), (*ranks, *ranks), (*outs, *outs))
     if max((abs(v) for s in (*s_A, *s_B, *s_dA, *s_dB) for v in s), default=0) >= _MAX_STRIDE:
         raise ValueError(f"LoRA factors and their gradients take strides below {_MAX_STRIDE} elements; make them contiguous")
-    outer = [s[0] for s in (*s_A, *s_dA)] + ([] if layout == 2 else [s[layout] for s in (*s_B, *s_dB)])
+    rows_A, rows_B = [s[0] for s in (*s_A, *s_dA)], [] if layout == 2 else [s[layout] for s in (*s_B, *s_dB)]
     buckets = {(r > 16) + (r > 32) + (r > 64) for r, p in zip(ranks, bias) if r or p}
     constexprs = dict(
         BUCKETS=sum(1 << k for k in buckets),
@@ -102,7 +102,9 @@ def _bank(pointers, strides, vectors, sites, ranks, d_in, d_out, dtype, grad, de
         GRAD=DTYPES[grad],
         LAYOUT=layout,
         ALIGNED=all(p % 16 == 0 for row in (a, b, bias, dA, dB, dbias) for p in row),
-        ALIGN=8 if all(v % 8 == 0 for v in (*ranks, *begins, *outer)) else 1,
+        ALIGN=_alignment(*ranks, *begins, *rows_A, *rows_B),
+        # Of the rows of A alone, whatever the ranks.
+        ALIGN_A=_alignment(*rows_A),
         HAS_BIAS=any(bias),
         DENSE=_dense(layout, s_dA, s_dB, ranks, d_in, outs),
     )
@@ -110,6 +112,11 @@ def _bank(pointers, strides, vectors, sites, ranks, d_in, d_out, dtype, grad, de
     rows += [begins, _repeat(widths, n, n_targets), outs, *(_elements(v, n, n_targets) for v in vectors), _repeat(sites, n, n_targets)]
     largest = tuple(max(column) for column in zip(*sizes))
     return Bank(_upload(rows, device), n, widths, slot_size, d_in, largest, any(bias), constexprs)
+
+
+def _alignment(*sizes):
+    """Elements that divide every size: 8 or 1."""
+    return 8 if all(n % 8 == 0 for n in sizes) else 1
 
 
 def _used(strides, pointers):
@@ -282,7 +289,7 @@ def lora_cases(stem, kernels, arch):
             options = _common.launch_options(stem, name, arch, bits)
             rows_index = _common.tile_index(options["BLOCK_M"] if "BLOCK_M" in options and "BLOCK_J" not in options else CHUNK)
             constexprs = dict(
-                DROPOUT=dropout, HAS_BIAS=True, BUCKETS=0b1001, FILL_R=128, LAYOUT=0, DENSE=True, ALIGNED=True,
+                DROPOUT=dropout, HAS_BIAS=True, BUCKETS=0b1001, FILL_R=128, LAYOUT=0, DENSE=True, ALIGNED=True, ALIGN_A=8,
                 FACTOR=getattr(tl, factor), GRAD=getattr(tl, factor), TILE_INDEX=rows_index,
             )  # fmt: skip
             for suffix, n, fixed in (("", 1, dict(n_slots=1, n_targets=1, gates_ptr=None, e_ptr=None, ALIGN=8)), (".ragged", 2, dict(ALIGN=1))):

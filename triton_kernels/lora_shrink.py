@@ -49,7 +49,7 @@ def _lora_shrink_kernel(
     s_ptr, stride_s,  # output [P, widths]
     n_positions, n_slots, d_in, n_adapters, n_targets,
     DROPOUT: tl.constexpr, BUCKETS: tl.constexpr, FILL_R: tl.constexpr,
-    FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr,
+    FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr, ALIGN_A: tl.constexpr,
     TILE_INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """s = (M o x) A^T, zeros right of each rank and in rows of no adapter."""
@@ -73,7 +73,7 @@ def _lora_shrink_kernel(
 
     p_row = x_ptr + (b_p // n_slots)[:, None].to(tl.int64) * stride_x
     p_A = factor_pointer(table_ptr, n_columns, entry, PTR_A, FACTOR, ALIGNED)
-    stride_A = size_field(table_ptr, n_columns, entry, STRIDE_A, ALIGN)
+    stride_A = size_field(table_ptr, n_columns, entry, STRIDE_A, ALIGN_A)
     mask = dropout_of(table_ptr, n_columns, entry, step_ptr, DROPOUT)
     alpha = dropout_scale(mask[0], DROPOUT)
     compute: tl.constexpr = s_ptr.dtype.element_ty
@@ -96,7 +96,7 @@ def _lora_grad_a_kernel(
     table_ptr, step_ptr,
     partial_ptr, slot_size,  # output [slots, slot_size]; single chunks go to the table's gradients
     n_slots, d_in, n_rank_tiles, n_adapters, n_targets,
-    DROPOUT: tl.constexpr, BUCKETS: tl.constexpr, GRAD: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr,
+    DROPOUT: tl.constexpr, BUCKETS: tl.constexpr, GRAD: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr, ALIGN_A: tl.constexpr,
     TILE_INDEX: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """dA = dS^T (M o x) over one chunk of positions."""
@@ -120,7 +120,7 @@ def _lora_grad_a_kernel(
         ds_ptr + size_field(table_ptr, n_columns, entry, S_BEGIN, ALIGN), stride_ds, rank0, rank,
         dropout_scale(mask[0], DROPOUT), mask,
         perm_ptr, None, offsets_ptr, adapter, tile - tl.load(p_tiles + adapter), n_slots,
-        p_grad, 1, size_field(table_ptr, n_columns, entry, STRIDE_DA, ALIGN), p_grad,
+        p_grad, 1, size_field(table_ptr, n_columns, entry, STRIDE_DA, ALIGN_A), p_grad,
         partial_ptr, slot_size, field(table_ptr, n_columns, entry, PART_A), 1, d_in, 0,
         False, DROPOUT, BUCKETS, BLOCK_J, BLOCK_W,
     )  # fmt: skip
@@ -130,7 +130,7 @@ def _lora_grad_a_kernel(
 def _dx_program(
     program, dx_ptr, stride_dx, perm_ptr, offsets_ptr, tiles_ptr, table_ptr, step_ptr, ds_ptr, stride_ds,
     n_slots, slot, d_in, n_adapters, n_targets,
-    DROPOUT: tl.constexpr, BUCKETS: tl.constexpr, FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr,
+    DROPOUT: tl.constexpr, BUCKETS: tl.constexpr, FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr, ALIGN_A: tl.constexpr,
     TILE_INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     n_column_tiles = tl.cdiv(d_in, BLOCK_N)
@@ -158,7 +158,7 @@ def _dx_program(
                 acc = expand_dot(
                     ds_ptr + b_p[:, None].to(tl.int64) * stride_ds + size_field(table_ptr, n_columns, entry, S_BEGIN, ALIGN), m_row,
                     factor_pointer(table_ptr, n_columns, entry, PTR_A, FACTOR, ALIGNED),
-                    size_field(table_ptr, n_columns, entry, STRIDE_A, ALIGN), 1, rank, bucket_of(rank), column, d_in,
+                    size_field(table_ptr, n_columns, entry, STRIDE_A, ALIGN_A), 1, rank, bucket_of(rank), column, d_in,
                     BUCKETS, BLOCK_N,
                 )  # fmt: skip
                 if DROPOUT:
@@ -229,7 +229,7 @@ def _lora_bwd_finish_kernel(
     ds_ptr, stride_ds, partial_ptr, slot_size,  # inputs [P, widths], [slots, slot_size]
     n_slots, slot, d_in, size_A, size_B, size_bias, n_adapters, n_targets, n_dx_programs,
     DROPOUT: tl.constexpr, BUCKETS: tl.constexpr, FACTOR: tl.constexpr, GRAD: tl.constexpr, LAYOUT: tl.constexpr,
-    DENSE: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr,
+    DENSE: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr, ALIGN_A: tl.constexpr,
     TILE_INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """The first n_dx_programs do dx += M o (dS A) in rows of `slot`, the rest sum chunks: neither needs the other."""
@@ -238,7 +238,7 @@ def _lora_bwd_finish_kernel(
         _dx_program(
             program, dx_ptr, stride_dx, perm_ptr, offsets_ptr, tiles_ptr, table_ptr, step_ptr, ds_ptr, stride_ds,
             n_slots, slot, d_in, n_adapters, n_targets,
-            DROPOUT, BUCKETS, FACTOR, ALIGNED, ALIGN, TILE_INDEX, BLOCK_M, BLOCK_N,
+            DROPOUT, BUCKETS, FACTOR, ALIGNED, ALIGN, ALIGN_A, TILE_INDEX, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     else:
         _sum_chunks_program(
@@ -257,7 +257,7 @@ def launch_shrink(bank, x, offsets, perm, tiles, step, dropout, s):
         s, s.stride(0),
         perm.numel(), slots_of(perm, len(x)), x.shape[1], bank.n_adapters, bank.n_targets,
         DROPOUT=dropout, FILL_R=fill_width(bank), TILE_INDEX=tile_index(options["BLOCK_M"]),
-        **bank.pick("BUCKETS", "FACTOR", "ALIGNED", "ALIGN"), **options,
+        **bank.pick("BUCKETS", "FACTOR", "ALIGNED", "ALIGN", "ALIGN_A"), **options,
     )  # fmt: skip
 
 
@@ -271,7 +271,7 @@ def launch_grad_a(bank, ds, x, offsets, perm, tiles, step, dropout, partial):
         x, x.stride(0), ds, ds.stride(0), perm, offsets, tiles, bank.table, step,
         partial, partial.stride(0),
         slots_of(perm, len(x)), x.shape[1], n_rank_tiles, bank.n_adapters, bank.n_targets,
-        DROPOUT=dropout, TILE_INDEX=tile_index(CHUNK), **bank.pick("BUCKETS", "GRAD", "ALIGNED", "ALIGN"), **options,
+        DROPOUT=dropout, TILE_INDEX=tile_index(CHUNK), **bank.pick("BUCKETS", "GRAD", "ALIGNED", "ALIGN", "ALIGN_A"), **options,
     )  # fmt: skip
 
 
@@ -292,7 +292,7 @@ def launch_finish(bank, ds, n_rows, offsets, perm, tiles, step, dropout, dx, par
             ds, ds.stride(0), partial, partial.stride(0),
             n_slots, slot, d_in, *bank.largest, bank.n_adapters, bank.n_targets, n_dx,
             DROPOUT=dropout, TILE_INDEX=tile_index(options["BLOCK_M"]),
-            **bank.pick("BUCKETS", "FACTOR", "GRAD", "LAYOUT", "DENSE", "ALIGNED", "ALIGN"), **options,
+            **bank.pick("BUCKETS", "FACTOR", "GRAD", "LAYOUT", "DENSE", "ALIGNED", "ALIGN", "ALIGN_A"), **options,
         )  # fmt: skip
         n_sums = 0
 
