@@ -166,3 +166,53 @@ def test_factors_of_several_chunks(monkeypatch):
     for run, found in zip((compiled, reference), grads):
         run("lora", "lora_bwd", dys, x, s, *bank, None, None, found[:2], found[2:4], found[4:])
     assert_close(*grads, F32)
+
+
+def producer_problem(dtype, ranks, D=72, T=70, n_targets=1, n_slots=1):
+    """(factors and plan as launchers take them, n tensors [T, D] of any row stride, s and dS alike) of a LoRA problem."""
+    (A, _, _, _, threshold, seeds, _, *plan), *_ = lora_problem(dtype, ranks, T, D, widths=(8,) * n_targets, n_slots=n_slots)
+    rows = [torch.randn(T, D + 8).to(dtype)[:, :D] for _ in range(4)]
+    return (A, threshold, seeds, *plan), rows, torch.randn(T * n_slots, n_targets * max(ranks) + 8).to(dtype)[:, :-8]
+
+
+def check_producer(compiled, stem, dtype, bank, given, ds, saved, outputs):
+    """Forward of `given`, then backward from the reference's results; outputs: tensors that the backward writes before the dA."""
+    actual = compiled(stem, f"{stem}_fwd", *given, *bank)
+    expected = reference(stem, f"{stem}_fwd", *given, *bank)
+    assert_close(actual, expected, dtype)
+    several_programs(compiled, compiled.launches[0].kernel)
+    forward = compiled.launches
+    written = [[torch.full_like(t, torch.nan) for t in (*outputs, *bank[0])] for _ in range(2)]
+    for run, found in zip((compiled, reference), written):
+        run(stem, f"{stem}_bwd", *saved(expected), *bank, *found[: len(outputs)], found[len(outputs) :])
+    assert_close(*written, dtype)
+    if dtype != F32:
+        assert all(launch.instructions["tensor core"] for launch in (*forward, *compiled.launches) if "finish" not in launch.kernel)
+
+
+PRODUCERS = {
+    "sm80-bf16": (80, BF16, dict(ranks=[3, 0, 16, 1])),
+    "sm80-slots": (80, F16, dict(ranks=[5, 8, 0, 16], n_slots=2)),
+    "sm80-fp32": (80, F32, dict(ranks=[3, 0, 33])),
+    "sm90-bf16": (90, BF16, dict(ranks=[3, 70, 0])),
+}
+
+
+@pytest.mark.parametrize("n_targets", [1, 2])
+@pytest.mark.parametrize("case", PRODUCERS)
+def test_rmsnorm_lora_shrink(case, n_targets, monkeypatch):
+    arch, dtype, shape = PRODUCERS[case]
+    bank, (x, dxn, *_), ds = producer_problem(dtype, **shape, n_targets=n_targets)
+    gamma, rounding = torch.randn(72).to(dtype), (0.0, True) if n_targets == 2 else (1.0, False)
+    saved = lambda forward: (dxn, ds, x, gamma, forward[2], forward[1], *rounding)  # noqa: E731
+    check_producer(Compiled(arch, monkeypatch), "rmsnorm_lora_shrink", dtype, bank, (x, gamma, 1e-5, *rounding), ds, saved, (x.contiguous(), gamma))
+
+
+@pytest.mark.parametrize("act", [0, 1], ids=["silu", "gelu"])
+@pytest.mark.parametrize("case", PRODUCERS)
+def test_swiglu_lora_shrink(case, act, monkeypatch):
+    arch, dtype, shape = PRODUCERS[case]
+    bank, (gate, up, dh, _), ds = producer_problem(dtype, **shape)
+    saved = lambda forward: (dh, ds, gate, up, act)  # noqa: E731
+    outputs = gate.contiguous(), up.contiguous()
+    check_producer(Compiled(arch, monkeypatch), "swiglu_lora_shrink", dtype, bank, (gate, up, act), ds, saved, outputs)
