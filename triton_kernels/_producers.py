@@ -30,6 +30,15 @@ def position_tile(
 
 
 @triton.jit
+def position_chunk(tile, offsets_ptr, tiles_ptr, n_positions, n_adapters, TILE_INDEX: tl.constexpr):
+    """(adapter, its chunk, its first position, the end of its positions); chunks after the last adapter's as in position_tile."""
+    p_tiles = tiles_ptr + TILE_INDEX * (n_adapters + 1)
+    adapter = group_of_tile(p_tiles, n_adapters, tile)
+    end = tl.load(offsets_ptr + adapter + 1, mask=adapter < n_adapters, other=n_positions)
+    return adapter, tile - tl.load(p_tiles + adapter), tl.load(offsets_ptr + adapter), end
+
+
+@triton.jit
 def largest_rank(table_ptr, n_adapters, adapter, TARGETS: tl.constexpr, ALIGN: tl.constexpr):
     """Over the targets; 0 for no adapter."""
     rank = tl.zeros((), tl.int32)

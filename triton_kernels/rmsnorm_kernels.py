@@ -6,7 +6,7 @@ The row product of dx's mean, sum(w dxn' o xhat) = sum(dxn o xn) + sum(dS o S), 
 import triton
 import triton.language as tl
 
-from ._common import dropout_keep, dropout_scale, group_of_tile
+from ._common import dropout_keep, dropout_scale
 from ._lora import (
     CHUNK_ROWS,
     PART_A,
@@ -22,7 +22,7 @@ from ._lora import (
     field,
     size_field,
 )
-from ._producers import PASS, fill_s, largest_rank, position_tile, shrink_step, shrink_target, store_s
+from ._producers import PASS, fill_s, largest_rank, position_chunk, position_tile, shrink_step, shrink_target, store_s
 from .lora_kernels import _store_sum, expand_dot, first_slot
 from .lora_shrink import _sum_chunks_program
 
@@ -269,8 +269,7 @@ def _rmsnorm_grad_a_kernel(
     program, rank0 = program // n_rank_tiles, program % n_rank_tiles * 64
     n_column_tiles = tl.cdiv(d_in, BLOCK_W)
     tile, column = program // n_column_tiles, program % n_column_tiles * BLOCK_W
-    p_tiles = tiles_ptr + TILE_INDEX * (n_adapters + 1)
-    adapter = group_of_tile(p_tiles, n_adapters, tile)
+    adapter, chunk, first, end = position_chunk(tile, offsets_ptr, tiles_ptr, 0, n_adapters, TILE_INDEX)
     if adapter >= n_adapters:
         return
     entry = target * n_adapters + adapter
@@ -279,7 +278,6 @@ def _rmsnorm_grad_a_kernel(
     if (rank <= rank0) | (p_grad.to(tl.int64) == 0):
         return
 
-    chunk, first, end = tile - tl.load(p_tiles + adapter), tl.load(offsets_ptr + adapter), tl.load(offsets_ptr + adapter + 1)
     begin, one_chunk = first + chunk * CHUNK_ROWS, end - first <= CHUNK_ROWS
     p_slot = partial_ptr
     if end - first > CHUNK_ROWS:

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import cdiv, dropout_keep, dropout_scale, group_of_tile, tile_index
+from ._common import cdiv, dropout_keep, dropout_scale, tile_index
 from ._lora import (
     CHUNK,
     CHUNK_ROWS,
@@ -27,7 +27,7 @@ from ._lora import (
     size_field,
     slots_of,
 )
-from ._producers import fill_s, largest_rank, n_position_tiles, position_tile, producer_cases, shrink_step, shrink_target, store_s
+from ._producers import fill_s, largest_rank, n_position_tiles, position_chunk, position_tile, producer_cases, shrink_step, shrink_target, store_s
 from .lora_kernels import _store_sum, first_slot
 from .lora_shrink import launch_finish, new_partial, new_s
 
@@ -193,13 +193,9 @@ def _swiglu_bwd_kernel(
     dgate and dup are those of rows whose position `slot` is in the chunk; slots after the first add to them. Programs
     of ranks above 64 have only a dA.
     """
-    program, rank0 = tl.program_id(0) // n_rank_tiles, tl.program_id(0) % n_rank_tiles * 64
-    n_column_tiles = tl.cdiv(d_in, BLOCK_W)
+    n_column_tiles, program, rank0 = tl.cdiv(d_in, BLOCK_W), tl.program_id(0) // n_rank_tiles, tl.program_id(0) % n_rank_tiles * 64
     tile, column = program // n_column_tiles, program % n_column_tiles * BLOCK_W
-    p_tiles = tiles_ptr + TILE_INDEX * (n_adapters + 1)
-    adapter = group_of_tile(p_tiles, n_adapters, tile)
-    first, chunk = tl.load(offsets_ptr + adapter), tile - tl.load(p_tiles + adapter)
-    end = tl.load(offsets_ptr + adapter + 1, mask=adapter < n_adapters, other=n_positions)
+    adapter, chunk, first, end = position_chunk(tile, offsets_ptr, tiles_ptr, n_positions, n_adapters, TILE_INDEX)
     begin = first + chunk * CHUNK_ROWS
     rank = largest_rank(table_ptr, n_adapters, adapter, 1, ALIGN)
     if (begin >= end) | ((rank0 > 0) & (rank <= rank0)):

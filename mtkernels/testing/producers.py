@@ -68,7 +68,10 @@ def _rmsnorm(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtyp
         xn = plain_rmsnorm(x, gamma, EPS, **casting)
         return xn, plain_s(xn, banks, on.ids, sites)
 
-    return on.joined(lambda: rmsnorm_lora_shrink(x, gamma, EPS, banks, on.plan(), sites=sites, backend=backend, **casting), plain, banks, n_in, ("x",))
+    def ours():
+        return rmsnorm_lora_shrink(x, gamma, EPS, banks, on.plan(), sites=sites, backend=backend, **casting)
+
+    return on.joined(ours, plain, banks, n_in, ("x",))
 
 
 def _swiglu(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtype=None, n_in=72, two=False, act="silu"):
