@@ -121,7 +121,7 @@ class CompileCase(NamedTuple):
 
 
 _LAUNCH_KEYS = ("num_warps", "num_stages", "enable_fp_fusion")
-_ALIGNED_SIZES = frozenset(("strides", "widths", "d_in", "slot_size", "n_classes"))
+_ALIGNED_SIZES = frozenset(("strides", "strides_o", "widths", "d_in", "slot_size", "n_classes"))
 
 
 def config_arch(target: str) -> str:
