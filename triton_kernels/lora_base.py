@@ -156,7 +156,7 @@ def _lora_base_dx_kernel(
     dys, strides, weights, strides_o, strides_d, widths, dx_ptr, stride_dx,  # dy [T, O], W [O, D] of each target; output dx [T, D]
     perm_ptr, offsets_ptr, tiles_ptr, table_ptr, step_ptr, ds_ptr, stride_ds,
     n_rows, d_in, n_row_tiles, n_column_tiles, n_adapters,
-    DROPOUT: tl.constexpr, HAS_LORA: tl.constexpr, FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr,
+    DROPOUT: tl.constexpr, HAS_LORA: tl.constexpr, FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr, ALIGN_A: tl.constexpr,
     EVEN_K: tl.constexpr, TILE_INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dx = sum over targets of dy W + M o (dS A)."""
@@ -175,7 +175,7 @@ def _lora_base_dx_kernel(
                     tl.zeros([BLOCK_M, BLOCK_N], tl.float32),
                     ds_ptr + b_t[:, None] * stride_ds + size_field(table_ptr, n_columns, entry, S_BEGIN, ALIGN),
                     factor_pointer(table_ptr, n_columns, entry, PTR_A, FACTOR, ALIGNED),
-                    size_field(table_ptr, n_columns, entry, STRIDE_A, ALIGN), 1,
+                    size_field(table_ptr, n_columns, entry, STRIDE_A, ALIGN_A), 1,
                     size_field(table_ptr, n_columns, entry, RANK, ALIGN), column, d_in, BLOCK_N,
                 )  # fmt: skip
                 if DROPOUT:
@@ -253,6 +253,7 @@ def launch_dx(dys, weights, plan=None, bank=None, ds=None, step=None, dropout=Fa
     dx = dys[0].new_empty(n_rows, n_cols)
     n_row_tiles, n_column_tiles = _grid(n_rows, [n_cols], n_adapters, options)
     (perm, offsets, tiles, table, *ds), lora = _plan_args(plan, bank, ds)
+    lora |= bank.pick("ALIGN_A") if bank else dict(ALIGN_A=1)
     if dx.numel():
         _lora_base_dx_kernel[(n_row_tiles * n_column_tiles,)](
             tuple(dys), tuple(dy.stride(0) for dy in dys), *_weight_args(weights), widths, dx, dx.stride(0),
@@ -333,7 +334,7 @@ def _case(name, kernel, options, rows, s, n):
     types |= dict.fromkeys(("weights", "biases", "ys", "dys"), (pointer[rows],) * n)
     types |= dict.fromkeys(("strides_o", "bias_widths", "strides", "widths"), ("i32",) * n)
     fixed = dict(
-        HAS_LORA=True, HAS_BIAS=True, DROPOUT=True, LAYOUT=0, ALIGNED=True, ALIGN=8 if n == 1 else 1, FACTOR=DTYPES[s],
+        HAS_LORA=True, HAS_BIAS=True, DROPOUT=True, LAYOUT=0, ALIGNED=True, ALIGN=8 if n == 1 else 1, ALIGN_A=8, FACTOR=DTYPES[s],
         EVEN_K=n == 1, TILE_INDEX=tile_index(options["BLOCK_M"]), strides_d=(1,) * n, **(dict(gates_ptr=None) if n == 1 else {}),
     )  # fmt: skip
     fixed = {k: v for k, v in fixed.items() if k in kernel.arg_names}
