@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -186,6 +188,25 @@ def test_unknown_target_is_refused():
         next(iter(matrix.shipped_cases("sm_42")))
     with pytest.raises(ValueError, match="sm_42.*gfx942"):
         matmul("sm_42")
+
+
+@pytest.mark.parametrize(
+    "hip, properties, key",
+    [
+        ("6.4", dict(gcnArchName="gfx950:sramecc+:xnack-", major=9, minor=5, shared_memory_per_block_optin=160 * 1024), "gfx942"),
+        ("6.4", dict(gcnArchName="gfx1100", major=11, minor=0, shared_memory_per_block_optin=64 * 1024), "default"),
+        (None, dict(major=12, minor=0, shared_memory_per_block_optin=99 * 1024), "sm_120"),
+        (None, dict(major=15, minor=0, shared_memory_per_block_optin=228 * 1024), "sm_90"),
+    ],
+)
+def test_a_device_runs_the_configuration_that_is_compiled_here(monkeypatch, hip, properties, key):
+    common = matrix._module("_common")
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**properties))
+    # Answers are kept for each device, so each case is a device of its own.
+    assert common.arch_of(torch.device("cuda", 100 + properties["major"])) == key
+    if hip and key != "default":
+        assert common.config_arch(properties["gcnArchName"].partition(":")[0]) == key
 
 
 def test_every_kernel_module_lists_its_cases():
