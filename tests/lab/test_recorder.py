@@ -62,7 +62,7 @@ def test_launches_of_an_op_do_not_grow_with_the_adapters():
         x, y = torch.randn(40, 32).bfloat16(), torch.zeros(40, 24).bfloat16()
         none = torch.zeros(n, dtype=torch.int32)
         with record_launches(80) as launches:
-            lora.lora_fwd(x, A, B, [], torch.ones(n), none, none.long(), offsets, perm, tiles, torch.tensor(0), 0, False, y)
+            lora.lora_fwd(x, A, B, [], [torch.ones(n)], [none], [none.long()], None, offsets, perm, tiles, torch.tensor(0), [0], False, [y])
         counts.append(summary(launches))
     assert counts[0] == counts[1] == {"_lora_shrink_kernel": 1, "_lora_expand_kernel": 1}
 
