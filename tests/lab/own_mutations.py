@@ -11,7 +11,8 @@ import torch
 
 from mtkernels import _backends, lab
 from mtkernels.lab import emulated
-from mtkernels.lab.cuda_emulator import csrc
+from mtkernels.lab.cuda_emulator import KernelMistake, csrc
+from mtkernels.lab.ptx import Finding
 from mtkernels.testing import MIXED, PROBLEMS, assert_accurate, poisoned
 
 # check -> what it is, in the order of the table
@@ -157,7 +158,7 @@ def failure(mutation, check):
                 different |= {key for key in ours if not torch.equal(ours[key].view(torch.uint8), other[key].view(torch.uint8))}
             return ", ".join(different)
         accurate(mutation, ours)
-    except (AssertionError, RuntimeError, IndexError) as failed:
+    except (AssertionError, Finding, KernelMistake) as failed:
         return str(failed) or type(failed).__name__
     return ""
 
