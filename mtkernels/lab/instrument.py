@@ -52,7 +52,8 @@ def _memory_patches(builder, probe):
         volatile = kwargs.get("is_volatile", rest[-1] if rest else False)
         ordering = probe.ordering or (Ordering(atomic=True) if volatile else PLAIN)
         real, allowed = probe.launch.access("load", pointer.data, _item(pointer), mask.data, ordering=ordering)
-        other = _poison(pointer) if other is None and not allowed.all() else other
+        # For a scalar, Triton's interpreter gives None also when the kernel says other=0.
+        other = _poison(pointer) if other is None and pointer.data.ndim and not allowed.all() else other
         return stock_load(self, _handle(real, pointer.dtype), _handle(allowed, tl.int1), other, *rest, **kwargs)
 
     def store(self, pointer, value, mask, *rest, **kwargs):

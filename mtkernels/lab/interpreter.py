@@ -181,7 +181,8 @@ def _arithmetic_patches(builder):
     def dot(self, a, b, acc, *rest, **kwargs):
         if not a.dtype.is_floating() or a.data.dtype == np.float64:
             return stock_dot(self, a, b, acc, *rest, **kwargs)
-        product = np.matmul(_widen(a).astype(np.float32), _widen(b).astype(np.float32))
+        # As on a GPU, a row's bits do not depend on its place in the tile; BLAS, which np.matmul calls, promises no such thing.
+        product = np.einsum("...mk,...kn->...mn", _widen(a).astype(np.float32), _widen(b).astype(np.float32))
         return _narrow(product + _widen(acc), acc.dtype.scalar)
 
     def atomic(self, rmw_op, ptr, val, mask, *rest, **kwargs):

@@ -114,9 +114,10 @@ def _delta(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtype=
 
 
 def _gated(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtype=None, n_in=72, n_out=40):
-    """Two adapters a row, sometimes the same one twice, with gates."""
+    """Two adapters a row, sometimes the same one twice, with gates. Without dropout: its mask counts an adapter's positions in all groups."""
     on = Setup(ids, dtype, device, backend, exact, factor_dtype, n_in, two=True)
     bank, x = on.bank(n_out), on.x
+    bank.threshold = torch.zeros_like(bank.threshold)
     gates = on.leaves["gates"] = on.make.rows("gates", 2, dtype=wide(factor_dtype or dtype))
     return on.problem(
         lambda: lora_delta(x, bank, on.plan(), site=SITE, gates=gates, backend=backend),
