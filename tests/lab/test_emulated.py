@@ -11,7 +11,7 @@ from mtkernels.testing import MIXED, PROBLEMS
 if emulated.refusal():
     pytest.skip(emulated.refusal(), allow_module_level=True)
 
-NAMES = [name for name in PROBLEMS if _op.OPS[name].stem in emulated.stems()]
+NAMES = [name for name in PROBLEMS if _op.OPS[op_of(name)].stem in emulated.stems()]
 
 
 @pytest.mark.parametrize("name", NAMES)
