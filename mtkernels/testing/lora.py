@@ -53,7 +53,7 @@ class Setup:
     def plan(self):
         return group_plan(self.ids, len(RANKS), step=STEP, backend=self.backend)
 
-    def bank(self, n_out, name="", ranks=RANKS):
+    def bank(self, n_out, name="", ranks=RANKS, dropout=DROPOUT):
         make, n, dtype = self.make, len(ranks), self.factor_dtype or self.make.dtype
         A = {f"{name}A{i}": make.tensor((name, "A", i), r, self.n_in, dtype=dtype) for i, r in enumerate(ranks)}
         B = {f"{name}B{i}": make.tensor((name, "B", i), n_out, r, dtype=dtype) for i, r in enumerate(ranks)}
@@ -64,7 +64,7 @@ class Setup:
         bias = [beta.get(f"{name}beta{i}") for i in range(n)]
         self.leaves |= {**A, **B, **beta, f"{name}scale": scale}
         self.by_group |= {key: int(key[-1]) for key in (*A, *B, *beta)} | {f"{name}scale": None}
-        return LoraBank.from_factors(list(A.values()), list(B.values()), scale, dropout=list(DROPOUT), seeds=list(range(7, 7 + n)), bias=bias)
+        return LoraBank.from_factors(list(A.values()), list(B.values()), scale, dropout=list(dropout), seeds=list(range(7, 7 + n)), bias=bias)
 
     def base(self, n_out, name=""):
         weight, bias = self.make.tensor((name, "weight"), n_out, self.n_in), self.make.tensor((name, "bias"), n_out)
@@ -114,10 +114,9 @@ def _delta(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtype=
 
 
 def _gated(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtype=None, n_in=72, n_out=40):
-    """Two adapters a row, sometimes the same one twice, with gates. Without dropout: its mask counts an adapter's positions in all groups."""
+    """Two adapters a row, sometimes the same one twice, with gates; no dropout, as the batch decides the order of an adapter's positions."""
     on = Setup(ids, dtype, device, backend, exact, factor_dtype, n_in, two=True)
-    bank, x = on.bank(n_out), on.x
-    bank.threshold = torch.zeros_like(bank.threshold)
+    bank, x = on.bank(n_out, dropout=[0.0] * len(RANKS)), on.x
     gates = on.leaves["gates"] = on.make.rows("gates", 2, dtype=wide(factor_dtype or dtype))
     return on.problem(
         lambda: lora_delta(x, bank, on.plan(), site=SITE, gates=gates, backend=backend),

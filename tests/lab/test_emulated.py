@@ -6,7 +6,7 @@ import torch
 from mtkernels import _op, task_reduce
 from mtkernels.lab import EmulatedCuda, emulated
 from mtkernels.lab.cuda_emulator import TOOLS
-from mtkernels.testing import MIXED, PROBLEMS
+from mtkernels.testing import MIXED, PROBLEMS, op_of
 
 if emulated.refusal():
     pytest.skip(emulated.refusal(), allow_module_level=True)
