@@ -40,17 +40,18 @@ def _own_base(run, x, batch_invariant):
     return _native.available() and run is _native.ops() and len(x) > 3 and not _native.fast_matmul(x.dtype)
 
 
-def _fuses_base(run, x, weight, perm, batch_invariant):
-    """Whether base and adapters share one kernel: where there is one, with one adapter a row."""
-    one_slot = len(perm) == len(x)
-    return isinstance(run, ModuleType) and hasattr(run, "fuses") and one_slot and (batch_invariant or run.fuses(x, weight))
+def _fuses_base(run, rows, A, inner, perm, n_adapters, batch_invariant):
+    """Whether base and adapters share a kernel: with one adapter a row, if asked for or if the GPU's limits promise time for it."""
+    if not isinstance(run, ModuleType) or not hasattr(run, "fuses") or len(perm) != len(rows):
+        return False
+    return batch_invariant or run.fuses(rows, A[0], inner, n_adapters)
 
 
 def _linear_kernel(x, weight, bias, A, B, lora_bias, scale, threshold, seeds, ranks, layouts, gates, *rest):
     ids, *groups, sites, dropout, batch_invariant, main_grad, backend = rest
     run, bias = _launchers(x, A, backend), [b if b.numel() else None for b in bias] or [None] * len(weight)
     lora = _lora.factors_A(A, ranks, layouts), _lora.factors_B(B, ranks, layouts), lora_bias, scale, threshold, seeds, gates, *groups, sites, dropout
-    if _fuses_base(run, x, weight, groups[1], batch_invariant):
+    if _fuses_base(run, x, A, x.shape[1], groups[1], len(ranks) // len(weight), batch_invariant):
         return run.lora_linear_fwd(x, weight, bias, *lora)
     linear = run.lora_base_linear if _own_base(run, x, batch_invariant) else F.linear
     ys = [linear(x, w, b) for w, b in zip(weight, bias)]
@@ -77,7 +78,8 @@ def _bwd_kernel(dys, x, weight, s, A, B, lora_bias, scale, threshold, seeds, ran
     dbias = _lora.new_bias_grads(lora_bias, need[nA + nB :], dtype)
     e = _lora.new_e(dys[0], scale, groups[1], need_gates or need_scale)
     lora = _lora.factors_A(A, ranks, layouts), _lora.factors_B(B, ranks, layouts), lora_bias, scale, threshold, seeds, gates, *groups, sites, dropout
-    if need_dx and weight and _fuses_base(run, x, weight, groups[1], batch_invariant):
+    widest = max([w.shape[0] for w in weight], default=0)
+    if need_dx and weight and _fuses_base(run, dys[0], A, widest, groups[1], len(ranks) // len(weight), batch_invariant):
         dx = run.lora_linear_bwd(dys, weight, x, s, *lora, e, dA, dB, dbias)
     else:
         dx = _base_dx(run, dys, weight, x, batch_invariant) if need_dx else None
