@@ -66,7 +66,7 @@ def check(layer, x, ids, gates=None):
         ours = torch.autograd.grad(y, list(leaves.values()), upstream)
     plain, exact = layer.plain(x, ids, gates, lambda t: t.to(x.dtype)), layer.plain(x, ids, gates, torch.Tensor.double)
     theirs, right = (torch.autograd.grad(out, list(leaves.values()), upstream.to(out.dtype), allow_unused=True) for out in (plain, exact))
-    assert_accurate(y, plain, exact, x.dtype, "y")
+    assert_accurate(y.detach(), plain.detach(), exact.detach(), x.dtype, "y")
     for name, a, b, c in zip(leaves, ours, theirs, right):
         assert a.dtype == leaves[name].dtype
         assert_accurate(a, a if b is None else b, torch.zeros_like(a) if c is None else c, x.dtype, name)
@@ -109,17 +109,15 @@ def test_base_alone(way):
         torch.testing.assert_close(torch.autograd.grad(y, x, upstream)[0], upstream @ layer.weights[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["transposed weight", "rows and weight with strides", "inner size one"])
+@pytest.mark.parametrize("layout", ["transposed weight", "rows and weight with strides"])
 def test_layouts(layout, way):
     layer, x, ids = Layer(way, torch.float32, dropout=0.0), rows(way, torch.float32, 70), IDS[:70]
     weight, values = layer.weights[0].detach(), x.detach()
     expected = layer(x, ids)
     if layout == "transposed weight":
         weight = weight.T.contiguous().T
-    elif layout == "rows and weight with strides":
-        weight, values = F.pad(weight, (3, 5))[:, 3:-5], F.pad(values, (1, 6))[:, 1:-6]
     else:
-        weight, values = weight.T.contiguous().view(D, O, 1)[..., 0].T, values.view(70, 1, D)[:, 0]
+        weight, values = F.pad(weight, (3, 5))[:, 3:-5], F.pad(values, (1, 6))[:, 1:-6]
     layer.weights, other = [weight], values.requires_grad_()
     y, upstream = layer(other, ids), torch.randn(70, O, device=way.device)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
