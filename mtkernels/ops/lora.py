@@ -7,6 +7,8 @@ Shapes     x [..., D] with T rows, weight [O, D], bias [O], A_i [R_i, D], B_i [O
 Gradients  x, weight, bias, gates, the bank's scale and every A_i, B_i, beta_i (zeros for adapters without rows)
 Backends   reference, cpu, triton. No CUDA C++: the GEMMs want wgmma and TMA, which come through Triton
 Cost       saved: x, S [T, max R] per target; never a mask, a dropped copy of x, or W + BA
+           moved, in elements, beside factors and S: 2TD + TO + DO forward, 2TD + 2TO + DO backward where base and adapters
+           share a kernel (docs/lora.md: when that is), else another 2TO and 2TD
 
     y = lora_linear(x, weight, bias, bank, plan)
     q, k, v = lora_linear_group(x, weights, biases, banks, plan)
@@ -53,7 +55,7 @@ def _linear_kernel(x, weight, bias, A, B, lora_bias, scale, threshold, seeds, ra
     lora = _lora.factors_A(A, ranks, layouts), _lora.factors_B(B, ranks, layouts), lora_bias, scale, threshold, seeds, gates, *groups, sites, dropout
     if _fuses_base(run, x, A, x.shape[1], groups[1], len(ranks) // len(weight), batch_invariant):
         return run.lora_linear_fwd(x, weight, bias, *lora)
-    linear = run.lora_base_linear if _own_base(run, x, batch_invariant) else F.linear
+    linear, weight = (run.lora_base_linear, _dense_rows(weight)) if _own_base(run, x, batch_invariant) else (F.linear, weight)
     ys = [linear(x, w, b) for w, b in zip(weight, bias)]
     return ys, run.lora_fwd(x, *lora, ys)
 
@@ -92,11 +94,15 @@ def _base_dx(run, dys, weight, x, batch_invariant):
     if not weight:
         return x.new_zeros(x.shape)
     if _own_base(run, x, batch_invariant):
-        return run.lora_base_dx(dys, weight)
+        return run.lora_base_dx(dys, _dense_rows(weight))
     dx = dys[0] @ weight[0]
     for dy, w in zip(dys[1:], weight[1:]):
         dx.addmm_(dy, w)
     return dx
+
+
+def _dense_rows(weight):
+    return [w if w.stride(1) == 1 else w.contiguous() for w in weight]
 
 
 def _s_fake(x, A, ranks, perm, n_targets):
