@@ -204,7 +204,7 @@ def test_run_in_the_cuda_emulator(emulated, tmp_path, capsys):
     assert "fwd" in forward["kernel"] and forward["shared requests"] > 0 and backward["sectors/request"] >= 1
     with pytest.raises(SystemExit) as stop:
         cli.main(["run", "lora", "--on", "cuda-emulated"])
-    assert stop.value.code == 2 and "lora_linear, lora_delta cannot run there; task_reduce can" in capsys.readouterr().err
+    assert stop.value.code == 2 and "lora_fan_out cannot run there; task_reduce can" in capsys.readouterr().err
 
 
 @ordinary
