@@ -62,10 +62,10 @@ def fill_s(p_s, m_row, table_ptr, n_adapters, adapter, TARGETS: tl.constexpr, FI
 @triton.jit
 def shrink_target(
     table_ptr, n_columns, entry, step_ptr, rank0,
-    DROPOUT: tl.constexpr, FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr,
+    DROPOUT: tl.constexpr, FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr, ALIGN_A: tl.constexpr,
 ):  # fmt: skip
     """(A from rank0 on, its row stride, ranks left, mask) of one target's adapter."""
-    stride = size_field(table_ptr, n_columns, entry, STRIDE_A, ALIGN)
+    stride = size_field(table_ptr, n_columns, entry, STRIDE_A, ALIGN_A)
     p_A = factor_pointer(table_ptr, n_columns, entry, PTR_A, FACTOR, ALIGNED) + tl.cast(rank0, tl.int64) * stride
     left = size_field(table_ptr, n_columns, entry, RANK, ALIGN) - rank0
     return p_A, stride, left, dropout_of(table_ptr, n_columns, entry, step_ptr, DROPOUT)
@@ -115,7 +115,7 @@ def producer_cases(stem, kernels, arch, pointers, fixed=()):
             options = _common.launch_options(stem, name, arch, bits)
             rows_index = _common.tile_index(options.get("BLOCK_M", CHUNK))
             constexprs = dict(
-                DROPOUT=True, BUCKETS=0b1001, FILL_R=128, LAYOUT=0, DENSE=True, ALIGNED=True, TILE_INDEX=rows_index, FIRST=True,
+                DROPOUT=True, BUCKETS=0b1001, FILL_R=128, LAYOUT=0, DENSE=True, ALIGNED=True, ALIGN_A=8, TILE_INDEX=rows_index, FIRST=True,
                 FACTOR=getattr(tl, factor), GRAD=getattr(tl, factor), **dict(fixed),
             )  # fmt: skip
             for suffix, chosen in (("", dict(n_slots=1, TARGETS=1, ALIGN=8)), (".ragged", dict(TARGETS=PASS.value, ALIGN=1))):

@@ -45,20 +45,20 @@ def _scaled(b_x, b_r, b_w, ROUND_FIRST: tl.constexpr):
 def _normalize_and_shrink(
     p_x, p_xn, m_row, m_write, b_r, gamma_ptr, offset, d_in, uid, table_ptr, step_ptr, n_adapters, adapter, rank0, p_s,
     FIRST: tl.constexpr, TARGETS: tl.constexpr, SHRINKS: tl.constexpr, ROUND_FIRST: tl.constexpr, DROPOUT: tl.constexpr,
-    FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr, ALIGN_A: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """xn of a tile of rows and S of SHRINKS targets, from FIRST on, ranks from rank0 on."""
     BLOCK_M: tl.constexpr = m_row.shape[0]
     COMPUTE: tl.constexpr = p_s.dtype.element_ty
     n_columns, entry = n_adapters * TARGETS, FIRST * n_adapters + adapter
     if SHRINKS > 0:
-        target0 = shrink_target(table_ptr, n_columns, entry, step_ptr, rank0, DROPOUT, FACTOR, ALIGNED, ALIGN)
+        target0 = shrink_target(table_ptr, n_columns, entry, step_ptr, rank0, DROPOUT, FACTOR, ALIGNED, ALIGN, ALIGN_A)
         acc0 = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     if SHRINKS > 1:
-        target1 = shrink_target(table_ptr, n_columns, entry + n_adapters, step_ptr, rank0, DROPOUT, FACTOR, ALIGNED, ALIGN)
+        target1 = shrink_target(table_ptr, n_columns, entry + n_adapters, step_ptr, rank0, DROPOUT, FACTOR, ALIGNED, ALIGN, ALIGN_A)
         acc1 = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     if SHRINKS > 2:
-        target2 = shrink_target(table_ptr, n_columns, entry + 2 * n_adapters, step_ptr, rank0, DROPOUT, FACTOR, ALIGNED, ALIGN)
+        target2 = shrink_target(table_ptr, n_columns, entry + 2 * n_adapters, step_ptr, rank0, DROPOUT, FACTOR, ALIGNED, ALIGN, ALIGN_A)
         acc2 = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     for k in range(0, d_in, BLOCK_K):
         o_k = k + tl.arange(0, BLOCK_K)
@@ -88,7 +88,7 @@ def _rmsnorm_shrink_kernel(
     xn_ptr, s_ptr, stride_s, rstd_ptr,  # outputs [T, D], [P, widths], [T]
     n_positions, n_slots, d_in, n_adapters,
     TARGETS: tl.constexpr, ROUND_FIRST: tl.constexpr, DROPOUT: tl.constexpr, BUCKETS: tl.constexpr, FILL_R: tl.constexpr,
-    FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr,
+    FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr, ALIGN_A: tl.constexpr,
     TILE_INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A row is written from its first position, whoever owns that; S of every position."""
@@ -112,7 +112,7 @@ def _rmsnorm_shrink_kernel(
     if rank == 0:
         _normalize_and_shrink(
             p_x, p_xn, m_row, m_write, b_r, gamma_ptr, offset, d_in, uid, table_ptr, step_ptr, n_adapters, adapter, 0, p_s,
-            0, TARGETS, 0, ROUND_FIRST, DROPOUT, FACTOR, ALIGNED, ALIGN, 16, BLOCK_K,
+            0, TARGETS, 0, ROUND_FIRST, DROPOUT, FACTOR, ALIGNED, ALIGN, ALIGN_A, 16, BLOCK_K,
         )  # fmt: skip
         return
     for b in tl.static_range(4):
@@ -123,7 +123,7 @@ def _rmsnorm_shrink_kernel(
                         _normalize_and_shrink(
                             p_x, p_xn, m_row, m_write & (first + rank0 == 0), b_r, gamma_ptr, offset, d_in, uid,
                             table_ptr, step_ptr, n_adapters, adapter, rank0, p_s,
-                            first, TARGETS, min(TARGETS - first, PASS if b < 2 else 1), ROUND_FIRST, DROPOUT, FACTOR, ALIGNED, ALIGN,
+                            first, TARGETS, min(TARGETS - first, PASS if b < 2 else 1), ROUND_FIRST, DROPOUT, FACTOR, ALIGNED, ALIGN, ALIGN_A,
                             16 << b, BLOCK_K if b < 3 else BLOCK_K // 2,
                         )  # fmt: skip
 
@@ -159,7 +159,7 @@ def _row_product(
 def _add_lora(
     total, p_ds, m_row, uid, column, d_in, table_ptr, step_ptr, n_adapters, adapter,
     TARGETS: tl.constexpr, DROPOUT: tl.constexpr, BUCKETS: tl.constexpr,
-    FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr,
+    FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr, ALIGN_A: tl.constexpr,
 ):  # fmt: skip
     """total [M, K] + sum over targets of M o (dS A), columns from `column` on."""
     BLOCK_K: tl.constexpr = total.shape[1]
@@ -171,7 +171,7 @@ def _add_lora(
             acc = expand_dot(
                 p_ds + size_field(table_ptr, n_columns, entry, S_BEGIN, ALIGN), m_row,
                 factor_pointer(table_ptr, n_columns, entry, PTR_A, FACTOR, ALIGNED),
-                size_field(table_ptr, n_columns, entry, STRIDE_A, ALIGN), 1, rank, bucket_of(rank), column, d_in,
+                size_field(table_ptr, n_columns, entry, STRIDE_A, ALIGN_A), 1, rank, bucket_of(rank), column, d_in,
                 BUCKETS, BLOCK_K,
             )  # fmt: skip
             threshold, seed, site, step = dropout_of(table_ptr, n_columns, entry, step_ptr, DROPOUT)
@@ -189,7 +189,7 @@ def _rmsnorm_dx_kernel(
     dx_ptr, stride_dx, gamma_partial_ptr,  # outputs [T, D], [tiles, D]
     n_positions, n_slots, slot, d_in, n_adapters, s_width,
     FIRST: tl.constexpr, HAS_DX: tl.constexpr, HAS_DGAMMA: tl.constexpr, TARGETS: tl.constexpr, ROUND_FIRST: tl.constexpr,
-    DROPOUT: tl.constexpr, BUCKETS: tl.constexpr, FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr,
+    DROPOUT: tl.constexpr, BUCKETS: tl.constexpr, FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr, ALIGN_A: tl.constexpr,
     TILE_INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dx and a tile's part of dgamma, from the rows whose position `slot` is in the tile; slots after the first add to them."""
@@ -213,7 +213,7 @@ def _rmsnorm_dx_kernel(
         if adapter < n_adapters:
             total = _add_lora(
                 total, p_ds, m_row, uid, k, d_in, table_ptr, step_ptr, n_adapters, adapter,
-                TARGETS, DROPOUT, BUCKETS, FACTOR, ALIGNED, ALIGN,
+                TARGETS, DROPOUT, BUCKETS, FACTOR, ALIGNED, ALIGN, ALIGN_A,
             )  # fmt: skip
         b_w = _weights(gamma_ptr, o_k, d_in, offset)[None, :]
         b_x = tl.load(p_x + o_k[None, :], mask=m_k, other=0.0)
@@ -260,7 +260,7 @@ def _rmsnorm_grad_a_kernel(
     partial_ptr, slot_size,  # output [slots, slot_size]; single chunks go to the table's gradients
     n_slots, d_in, n_rank_tiles, n_adapters,
     TARGETS: tl.constexpr, ROUND_FIRST: tl.constexpr, DROPOUT: tl.constexpr, BUCKETS: tl.constexpr,
-    GRAD: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr,
+    GRAD: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr, ALIGN_A: tl.constexpr,
     TILE_INDEX: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """dA = dS^T (M o xn) over one chunk of positions; programs that differ only in target and rank tile share x in L2."""
@@ -298,7 +298,7 @@ def _rmsnorm_grad_a_kernel(
                 c, r = o_c[:, None].to(tl.int64), o_r[None, :].to(tl.int64)
                 _store_sum(
                     acc * dropout_scale(mask[0], DROPOUT), (o_c < d_in)[:, None] & (o_r < rank)[None, :],
-                    p_grad, c + r * size_field(table_ptr, n_columns, entry, STRIDE_DA, ALIGN),
+                    p_grad, c + r * size_field(table_ptr, n_columns, entry, STRIDE_DA, ALIGN_A),
                     p_slot, field(table_ptr, n_columns, entry, PART_A) + c + r * d_in, one_chunk,
                 )  # fmt: skip
 

@@ -24,7 +24,7 @@ def rmsnorm_lora_shrink_fwd(x, gamma, eps, offset, round_first, A, threshold, se
             xn, s, s.stride(0), rstd,
             perm.numel(), slots_of(perm, len(x)), x.shape[1], bank.n_adapters,
             TARGETS=bank.n_targets, ROUND_FIRST=round_first, DROPOUT=dropout, FILL_R=fill_width(bank),
-            TILE_INDEX=tile_index(options["BLOCK_M"]), **bank.pick("BUCKETS", "FACTOR", "ALIGNED", "ALIGN"), **options,
+            TILE_INDEX=tile_index(options["BLOCK_M"]), **bank.pick("BUCKETS", "FACTOR", "ALIGNED", "ALIGN", "ALIGN_A"), **options,
         )  # fmt: skip
     return xn, s, rstd
 
@@ -48,7 +48,7 @@ def rmsnorm_lora_shrink_bwd(
                 out, out.stride(0), gamma_partial,
                 perm.numel(), n_slots, slot, x.shape[1], bank.n_adapters, s.shape[1],
                 FIRST=slot == 0, HAS_DX=dx is not None, HAS_DGAMMA=dgamma is not None, TILE_INDEX=tile_index(options["BLOCK_M"]),
-                **common, **bank.pick("BUCKETS", "FACTOR", "ALIGNED", "ALIGN"), **options,
+                **common, **bank.pick("BUCKETS", "FACTOR", "ALIGNED", "ALIGN", "ALIGN_A"), **options,
             )  # fmt: skip
         _launch_finish(bank, perm, offsets, tiles, partial, gamma_partial, n_slots, n_tiles, options["BLOCK_M"], x, ds, dgamma)
 
@@ -63,7 +63,7 @@ def _launch_grad_a(bank, ds, x, gamma, rstd, offset, plan, partial, common):
         x, x.stride(0), gamma, offset, rstd, ds, ds.stride(0), *plan,
         partial, partial.stride(0),
         slots_of(perm, len(x)), x.shape[1], n_rank_tiles, bank.n_adapters,
-        TILE_INDEX=tile_index(CHUNK), **common, **bank.pick("BUCKETS", "GRAD", "ALIGNED", "ALIGN"), **options,
+        TILE_INDEX=tile_index(CHUNK), **common, **bank.pick("BUCKETS", "GRAD", "ALIGNED", "ALIGN", "ALIGN_A"), **options,
     )  # fmt: skip
 
 

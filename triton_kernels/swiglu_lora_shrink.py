@@ -49,13 +49,13 @@ def _gate(b_z, GELU: tl.constexpr):
 @triton.jit
 def _gate_and_shrink(
     p_gate, p_up, p_h, m_row, m_write, d_in, uid, table_ptr, step_ptr, n_adapters, adapter, rank0, p_s,
-    GELU: tl.constexpr, DROPOUT: tl.constexpr, FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr,
+    GELU: tl.constexpr, DROPOUT: tl.constexpr, FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr, ALIGN_A: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """h of a tile of rows and its S, ranks from rank0 on; BLOCK_R = 0: h alone."""
     COMPUTE: tl.constexpr = p_s.dtype.element_ty
     if BLOCK_R:
-        target = shrink_target(table_ptr, n_adapters, adapter, step_ptr, rank0, DROPOUT, FACTOR, ALIGNED, ALIGN)
+        target = shrink_target(table_ptr, n_adapters, adapter, step_ptr, rank0, DROPOUT, FACTOR, ALIGNED, ALIGN, ALIGN_A)
         acc = tl.zeros([m_row.shape[0], BLOCK_R], tl.float32)
     for k in range(0, d_in, BLOCK_K):
         o_k = k + tl.arange(0, BLOCK_K)
@@ -78,7 +78,7 @@ def _swiglu_shrink_kernel(
     h_ptr, s_ptr, stride_s,  # outputs [T, D], [P, R]
     n_positions, n_slots, d_in, n_adapters,
     GELU: tl.constexpr, DROPOUT: tl.constexpr, BUCKETS: tl.constexpr, FILL_R: tl.constexpr,
-    FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr,
+    FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr, ALIGN_A: tl.constexpr,
     TILE_INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A row is written from its first position, whoever owns that; S of every position."""
@@ -93,7 +93,7 @@ def _swiglu_shrink_kernel(
     if rank == 0:
         _gate_and_shrink(
             p_gate, p_up, p_h, m_row, m_write, d_in, uid, table_ptr, step_ptr, n_adapters, adapter, 0, p_s,
-            GELU, DROPOUT, FACTOR, ALIGNED, ALIGN, 0, BLOCK_K,
+            GELU, DROPOUT, FACTOR, ALIGNED, ALIGN, ALIGN_A, 0, BLOCK_K,
         )  # fmt: skip
         return
     for b in tl.static_range(4):
@@ -102,7 +102,7 @@ def _swiglu_shrink_kernel(
                 for rank0 in tl.range(0, rank, 16 << b, num_stages=1):
                     _gate_and_shrink(
                         p_gate, p_up, p_h, m_row, m_write & (rank0 == 0), d_in, uid, table_ptr, step_ptr, n_adapters, adapter,
-                        rank0, p_s, GELU, DROPOUT, FACTOR, ALIGNED, ALIGN, 16 << b, BLOCK_K if b < 3 else BLOCK_K // 2,
+                        rank0, p_s, GELU, DROPOUT, FACTOR, ALIGNED, ALIGN, ALIGN_A, 16 << b, BLOCK_K if b < 3 else BLOCK_K // 2,
                     )  # fmt: skip
 
 
@@ -185,7 +185,7 @@ def _swiglu_bwd_kernel(
     dgate_ptr, stride_dgate, dup_ptr, stride_dup, partial_ptr, slot_size,  # outputs [T, D], [T, D], [slots, slot_size]
     n_positions, n_slots, slot, d_in, n_rank_tiles, n_adapters,
     GELU: tl.constexpr, FIRST: tl.constexpr, HAS_DX: tl.constexpr, DROPOUT: tl.constexpr, BUCKETS: tl.constexpr,
-    FACTOR: tl.constexpr, GRAD: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr,
+    FACTOR: tl.constexpr, GRAD: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr, ALIGN_A: tl.constexpr,
     TILE_INDEX: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """One chunk of an adapter's positions (or of those of none) and one tile of columns.
@@ -217,7 +217,7 @@ def _swiglu_bwd_kernel(
         p_slot += (first_slot(offsets_ptr, adapter) + chunk).to(tl.int64) * slot_size
     mask = dropout_of(table_ptr, n_adapters, adapter, step_ptr, DROPOUT)
     p_A = factor_pointer(table_ptr, n_adapters, adapter, PTR_A, FACTOR, ALIGNED)
-    stride_A = size_field(table_ptr, n_adapters, adapter, STRIDE_A, ALIGN)
+    stride_A = size_field(table_ptr, n_adapters, adapter, STRIDE_A, ALIGN_A)
     p_grad = factor_pointer(table_ptr, n_adapters, adapter, PTR_DA, GRAD, ALIGNED)
     for b in tl.static_range(3):
         if BUCKETS & (12 if b == 2 else 1 << b):
@@ -236,7 +236,7 @@ def _swiglu_bwd_kernel(
                             if FIRST:
                                 _store_sum(
                                     acc * dropout_scale(mask[0], DROPOUT), m_grad,
-                                    p_grad, c + r * size_field(table_ptr, n_adapters, adapter, STRIDE_DA, ALIGN),
+                                    p_grad, c + r * size_field(table_ptr, n_adapters, adapter, STRIDE_DA, ALIGN_A),
                                     p_slot, field(table_ptr, n_adapters, adapter, PART_A) + c + r * d_in, end - first <= CHUNK_ROWS,
                                 )  # fmt: skip
 
@@ -253,7 +253,7 @@ def swiglu_lora_shrink_fwd(gate, up, act, A, threshold, seeds, offsets, perm, ti
             h, s, s.stride(0),
             perm.numel(), slots_of(perm, len(gate)), gate.shape[1], bank.n_adapters,
             GELU=act == 1, DROPOUT=dropout, FILL_R=fill_width(bank), TILE_INDEX=tile_index(options["BLOCK_M"]),
-            **bank.pick("BUCKETS", "FACTOR", "ALIGNED", "ALIGN"), **options,
+            **bank.pick("BUCKETS", "FACTOR", "ALIGNED", "ALIGN", "ALIGN_A"), **options,
         )  # fmt: skip
     return h, s
 
@@ -274,7 +274,7 @@ def swiglu_lora_shrink_bwd(dh, ds, gate, up, act, A, threshold, seeds, offsets, 
                     out[0], out[0].stride(0), out[1], out[1].stride(0), partial, partial.stride(0),
                     perm.numel(), n_slots, slot, gate.shape[1], n_rank_tiles, bank.n_adapters,
                     GELU=act == 1, FIRST=slot == 0, HAS_DX=dgate is not None, DROPOUT=dropout, TILE_INDEX=tile_index(CHUNK),
-                    **bank.pick("BUCKETS", "FACTOR", "GRAD", "ALIGNED", "ALIGN"), **options,
+                    **bank.pick("BUCKETS", "FACTOR", "GRAD", "ALIGNED", "ALIGN", "ALIGN_A"), **options,
                 )  # fmt: skip
         launch_finish(bank, ds, len(gate), offsets, perm, tiles, step, dropout, None, partial)
 
