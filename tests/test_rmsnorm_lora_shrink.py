@@ -133,7 +133,7 @@ def test_frozen_parts(wanted, way):
         return torch.autograd.grad(out, leaves)
 
     for a, b in zip(gradients(False), gradients(True)):
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-5)  # another kernel, whose products may be contracted otherwise
 
 
 def test_gradients_right_of_a_rank_are_not_read(way):

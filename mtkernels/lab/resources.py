@@ -186,7 +186,7 @@ def problems(found, tensor_cores=False):
     if found.stack or found.spills:
         what = "spilled registers" if found.target.startswith("gfx") else "spill instructions"
         said.append(f"{found.stack} bytes of stack, {found.spills} {what}")
-    if found.scalar_spills:
+    if found.scalar_spills > limit.warp_size:  # more than the lanes of one vector register hold
         said.append(f"{found.scalar_spills} spilled scalar registers")
     if found.shared > limit.shared_per_block:
         said.append(f"{found.shared} bytes of shared memory, {found.target} has {limit.shared_per_block}")

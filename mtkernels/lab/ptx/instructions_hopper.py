@@ -164,7 +164,7 @@ def warpgroup_multiply(s, i, left, right, shape, kinds, sign, transposed, enable
     b = _operand(s, i, first_lane(right), base, n, k, kinds[1], transposed[1])
     dtype = accumulator[0].dtype
     product = np.zeros((groups, 64, n), dtype)
-    product[active] = (sign * np.matmul(a, b.transpose(0, 2, 1))).astype(dtype)
+    product[active] = (sign * np.einsum("wmk,wnk->wmn", a, b)).astype(dtype)
     # [groups, warps, halves, 8 rows, tiles of 8 columns, quads, 2] -> [tiles, halves, 2, blocks, threads]
     parts = product.reshape(groups, 4, 2, 8, n // 8, 4, 2).transpose(4, 2, 6, 0, 1, 3, 5).reshape(-1, blocks, threads)
     keep = bool(enable.all())

@@ -238,7 +238,7 @@ def fragment_b(s, kind, *registers):
 
 def multiply(s, a, b, kind, accumulator, mask):
     """D = A B + C in the registers' layout; f16 accumulators come as packed pairs."""
-    product = np.matmul(a, b).reshape(-1, 2, 8, 4, 2)
+    product = np.einsum("wmk,wkn->wmn", a, b).reshape(-1, 2, 8, 4, 2)
     if kind == "f16":
         c = [np.ascontiguousarray(_warps(s, x)).view("f2").reshape(-1, 8, 4, 2) for x in accumulator]
         halves = [np.ascontiguousarray((product[:, h] + c[h]).astype("f2")) for h in (0, 1)]
