@@ -107,10 +107,13 @@ def test_large_problems_span_the_grid_of_every_kernel(emulated_triton_way, way_i
             run_large(name, way.dtypes[0], way, way_is_open)
         for launch in LAUNCHES[way.name, name]:
             grids.setdefault(launch.kernel, []).append(launch.grid)
+    alone = []
     for stem in ops.STEMS:
         for kernel, function in vars(import_module(f"mtkernels.triton_kernels.{stem}")).items():
             for axis in re.findall(r"program_id\((\d)\)", inspect.getsource(function.fn)) if kernel.endswith("_kernel") else ():
-                assert max((grid[int(axis)] for grid in grids.get(kernel, ())), default=0) > 1, f"{kernel} has one program on axis {axis}"
+                if max((grid[int(axis)] for grid in grids.get(kernel, ())), default=0) < 2:
+                    alone.append(f"{kernel} has one program on axis {axis}")
+    assert not alone
 
 
 @pytest.mark.parametrize("name", NAMES)

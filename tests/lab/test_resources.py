@@ -210,7 +210,7 @@ def test_a_device_runs_the_configuration_that_is_compiled_here(monkeypatch, hip,
 
 
 def test_every_kernel_module_lists_its_cases():
-    assert {"group_plan", "lora", "task_reduce", "task_cross_entropy"} <= set(matrix.shipped_ops())
+    assert {"group_plan", "lora_base", "lora_expand", "lora_shrink", "task_reduce", "task_cross_entropy"} <= set(matrix.shipped_ops())
 
 
 def test_a_kept_result_is_the_measured_one(tmp_path):
