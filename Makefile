@@ -11,9 +11,12 @@ BUILD_STAMP := $(VENV)/.build-$(TORCH)
 
 .PHONY: test resources demo bench build wheel sdist clean
 
+# Triton's interpreter needs a process of its own; it runs beside the other, and its report comes last.
 test: build
-	$(PY) -m pytest -q tests
-	TRITON_INTERPRET=1 $(PY) -m pytest -q -m interpret tests
+	@mkdir -p build
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -m interpret -p no:cacheprovider tests > build/interpret.log 2>&1 & interpreted=$$!; \
+	$(PY) -m pytest -q tests; status=$$?; \
+	wait $$interpreted || status=$$?; cat build/interpret.log; exit $$status
 
 # Every kernel for every GPU: minutes the first time, seconds while nothing that matters has changed.
 resources: build
