@@ -109,7 +109,7 @@ def rmsnorm_lora_shrink(x, gamma, eps, banks, plan, *, training=True, sites=None
     """
     op = "rmsnorm_lora_shrink"
     banks = list(banks) if isinstance(banks, (list, tuple)) else [banks]
-    sites = range(len(banks)) if sites is None else sites
+    sites = list(range(len(banks)) if sites is None else sites)
     casting = casting or ("gemma" if offset else "llama")
     if not banks or len(sites) != len(banks):
         raise ValueError(f"{op}: got {len(banks)} banks and {len(sites)} sites; give one site per bank, at least one")

@@ -62,7 +62,7 @@ def _rmsnorm(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtyp
     on = _Setup(ids, dtype, device, backend, exact, factor_dtype, n_in, two=two)
     banks, x = on.banks(*ranks), on.x
     gamma = on.leaves["gamma"] = on.make.tensor("gamma", n_in)
-    sites = range(SITE, SITE + len(banks))
+    sites = tuple(range(SITE, SITE + len(banks)))
 
     def plain():
         xn = plain_rmsnorm(x, gamma, EPS, **casting)

@@ -151,11 +151,11 @@ def test_own_launchers_give_no_finding():
     expected = y.clone()
     with Probe(seed=1) as probe:
         _, _, offsets, perm, _, tiles = group_plan.group_plan(torch.tensor([0, 1, 1, -1, 0, 1, 1]), 2)
-        options = (per_adapter, per_adapter.int(), per_adapter.long(), offsets, perm, tiles, torch.tensor(0), 0, False)
-        s = lora.lora_fwd(x, A, B, [], *options, y)
-        dx = torch.zeros_like(x)
-        grads = lora.lora_bwd(y, x, s, A, B, [], *options, dx, True)
-    assert len(probe.launches) == 4 + 2 + 3 and len(grads) == 4 and not probe.findings
+        options = ([per_adapter], [per_adapter.int()], [per_adapter.long()], None, offsets, perm, tiles, torch.tensor(0), [0], False)
+        s = lora.lora_fwd(x, A, B, [], *options, [y])
+        dx, dA, dB = torch.zeros_like(x), [torch.empty_like(a) for a in A], [torch.empty_like(b) for b in B]
+        lora.lora_bwd([y], x, s, A, B, [], *options, dx, None, dA, dB, [])
+    assert len(probe.launches) == 4 + 2 + 3 and not probe.findings
     for row, adapter in enumerate([0, 1, 1, -1, 0, 1, 1]):
         if adapter >= 0:
             expected[row] += B[adapter] @ (A[adapter] @ x[row])
