@@ -22,6 +22,8 @@ EQUAL = {**QKV, "O": (1024, 1024, 1024)}
 EVEN = dict(T=2048, D=1024, O=1024, ranks=(4, 8, 8, 16, 16, 32, 64, 64), p=0.0)
 WIDE = {**EVEN, "ranks": (16, 32, 64, 16, 32, 64, 16, 32)}
 SKEWED = {**EVEN, "shares": (0.05, 0.25, 0.008, 0.333, 0.1, 0.07, 0.16, 0.029)}
+# The jit function of triton_kernels/lora_base.py that multiplies by the frozen weight.
+BASE_DOT = "_base_dot"
 DELTA = {**EVEN, "T": 512, "D": 512, "O": 512}
 BARS = {
     "fp32": (Bar("cpu", "base", 1.20),),
@@ -93,8 +95,8 @@ def cost(case):
     forward, backward = T * D + outs + weight + factors, 2 * T * D + outs + weight + 2 * factors
     split = (2 * T * D + outs + weight, 2 * T * D + 2 * outs + weight) if weight else (None, None)
     split = [n and n * width for n in split]
-    fwd = Work(forward * width, base + lora, lora, base, split[0])
-    return {"fwd": fwd, "bwd": Work(backward * width, base + 2 * lora, 2 * lora, base, split[1])}
+    fwd = Work(forward * width, base + lora, lora, base, split[0], BASE_DOT)
+    return {"fwd": fwd, "bwd": Work(backward * width, base + 2 * lora, 2 * lora, base, split[1], BASE_DOT)}
 
 
 def saved_limit(case):

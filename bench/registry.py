@@ -30,8 +30,9 @@ class Work:
     """What a pass has to do at least, whatever computes it; passes add up.
 
     bytes: operands read once and results written once. flops: all useful arithmetic; of it matrix products that belong to
-    the op (tensor_flops), and those of a frozen layer beside it (base_flops). split_bytes: the least traffic when parts
-    of the pass are launches of their own, where the suite has a model of that.
+    the op (tensor_flops), and those of a frozen layer beside it (base_flops), which in a kernel of ours are the products of
+    the jit function base_function. split_bytes: the least traffic when parts of the pass are launches of their own, where
+    the suite has a model of that.
     """
 
     bytes: int
@@ -39,11 +40,12 @@ class Work:
     tensor_flops: int = 0
     base_flops: int = 0
     split_bytes: int | None = None
+    base_function: str | None = None
 
     def __add__(self, other):
         split = None if self.split_bytes is None or other.split_bytes is None else self.split_bytes + other.split_bytes
         sums = (getattr(self, f) + getattr(other, f) for f in ("bytes", "flops", "tensor_flops", "base_flops"))
-        return Work(*sums, split)
+        return Work(*sums, split, self.base_function)
 
 
 @dataclass(frozen=True)

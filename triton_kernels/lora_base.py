@@ -55,7 +55,7 @@ def _grouped(program, n_row_tiles, n_column_tiles):
 
 @triton.jit
 def _tile_rows(tile, perm_ptr, offsets_ptr, tiles_ptr, n_adapters, n_rows, TILE_INDEX: tl.constexpr, BLOCK_M: tl.constexpr):
-    """(adapter, ordinals, rows, mask) of a row tile; without a plan, rows as they lie, of no adapter.
+    """(adapter, ordinals, rows, mask, whether it has any) of a row tile; without a plan, rows as they lie, of no adapter.
 
     Rows that the mask switches off are row 0: whatever is loaded for them stays in their own lines of the accumulator.
     """
@@ -70,7 +70,7 @@ def _tile_rows(tile, perm_ptr, offsets_ptr, tiles_ptr, n_adapters, n_rows, TILE_
     rows = tl.where(m_row, begin + o_i, 0)
     if perm_ptr is not None:
         rows = tl.load(perm_ptr + rows, mask=m_row, other=0)
-    return adapter, o_i, rows.to(tl.int64), m_row
+    return adapter, o_i, rows.to(tl.int64), m_row, begin + (tile - first) * BLOCK_M < end
 
 
 @triton.jit
@@ -124,7 +124,9 @@ def _lora_base_fwd_kernel(
     """y = x W^T + b + gate scale (s B^T + beta)."""
     tile, column_tile = _grouped(tl.program_id(0), n_row_tiles, n_column_tiles)
     target, column_tile = target_of(column_tile, widths, BLOCK_N, 0, 1)
-    adapter, _, b_t, m_row = _tile_rows(tile, perm_ptr, offsets_ptr, tiles_ptr, n_adapters, n_rows, TILE_INDEX, BLOCK_M)
+    adapter, _, b_t, m_row, has_rows = _tile_rows(tile, perm_ptr, offsets_ptr, tiles_ptr, n_adapters, n_rows, TILE_INDEX, BLOCK_M)
+    if not has_rows:
+        return
     width, column = pick(widths, target), column_tile * BLOCK_N
     o_n = column + tl.arange(0, BLOCK_N)
     m_n = o_n < width
@@ -165,7 +167,9 @@ def _lora_base_dx_kernel(
 ):  # fmt: skip
     """dx = sum over targets of dy W + M o (dS A)."""
     tile, column_tile = _grouped(tl.program_id(0), n_row_tiles, n_column_tiles)
-    adapter, o_i, b_t, m_row = _tile_rows(tile, perm_ptr, offsets_ptr, tiles_ptr, n_adapters, n_rows, TILE_INDEX, BLOCK_M)
+    adapter, o_i, b_t, m_row, has_rows = _tile_rows(tile, perm_ptr, offsets_ptr, tiles_ptr, n_adapters, n_rows, TILE_INDEX, BLOCK_M)
+    if not has_rows:
+        return
     column = column_tile * BLOCK_N
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if HAS_LORA:

@@ -39,4 +39,4 @@ def _of_probe(launch):
         # of two types the wider one sets the rate; both are of one width but for fp8
         dtype = operands.split(" x ")[0]
         flops[dtype] = flops.get(dtype, 0) + n
-    return Launch(launch.kernel, TRITON, launch.dram_floor_bytes, requested, flops)
+    return Launch(launch.kernel, TRITON, launch.dram_floor_bytes, requested, flops, dict(launch.dot_flops_by_function))

@@ -1,12 +1,17 @@
 """Connects a Probe to Triton's interpreter (3.8 and 3.9) by replacing methods of its builder and grid executor."""
 
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import triton
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .launch import PLAIN, Ordering
+
+_NOT_KERNELS = str(Path(__file__).parent), str(Path(triton.__file__).parent)
 
 
 @contextmanager
@@ -138,11 +143,21 @@ def _to_tf32(data):
     return np.where(finite, (bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000), bits).view(np.float32)
 
 
+def _kernel_function():
+    """Name of the jit function that is running: the first frame up that is neither ours nor triton's."""
+    frame = sys._getframe(1)
+    while frame.f_code.co_filename.startswith(_NOT_KERNELS):
+        frame = frame.f_back
+    return frame.f_code.co_name
+
+
 def _dot_patches(builder, probe):
     stock_dot, stock_scaled = builder.create_dot, getattr(builder, "create_dot_scaled", None)
 
     def count(a_type, b_type, acc, depth):
-        probe.launch.dot_flops[f"{a_type} x {b_type} -> {acc.dtype.scalar}"] += 2 * depth * acc.data.size
+        flops = 2 * depth * acc.data.size
+        probe.launch.dot_flops[f"{a_type} x {b_type} -> {acc.dtype.scalar}"] += flops
+        probe.launch.dot_flops_by_function[_kernel_function()] += flops
 
     def dot(self, a, b, acc, precision, *rest, **kwargs):
         from triton._C.libtriton import ir

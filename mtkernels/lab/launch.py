@@ -57,7 +57,7 @@ class Launch:
         self.programs = 0
         self.order = None
         self.traffic = {kind: Traffic() for kind in ("load", "store", "atomic")}
-        self.dot_flops = Counter()
+        self.dot_flops, self.dot_flops_by_function = Counter(), Counter()
         self.distinct_sectors_read = self.distinct_sectors_written = 0
         self.clocks = Clocks()
         self.space = AddressSpace(probe.tracker, self.clocks)
@@ -76,7 +76,8 @@ class Launch:
         rows["distinct_sectors_read"] = self.distinct_sectors_read
         rows["distinct_sectors_written"] = self.distinct_sectors_written
         rows["dram_floor_bytes"] = self.dram_floor_bytes
-        return {**rows, "dot_flops": dict(self.dot_flops)}
+        rows["dot_flops"], rows["dot_flops_by_function"] = dict(self.dot_flops), dict(self.dot_flops_by_function)
+        return rows
 
     def set_grid(self, grid, seed):
         self.grid = tuple(grid)

@@ -34,13 +34,17 @@ _OVERWRITES = frozenset(("copy", "fill", "zero", "bernoulli", "uniform", "normal
 
 @dataclass
 class Launch:
-    """One launch: bytes of the different memory it touches, bytes it asks for, matrix FLOPs by element type."""
+    """One launch: bytes of the different memory it touches, bytes it asks for, matrix FLOPs by element type.
+
+    functions: matrix FLOPs by the jit function that issues them, in a Triton kernel.
+    """
 
     name: str
     kind: str
     distinct_bytes: int
     requested_bytes: int
     flops: dict = field(default_factory=dict)
+    functions: dict = field(default_factory=dict)
 
 
 def held_bytes(tensor):

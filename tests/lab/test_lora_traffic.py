@@ -112,3 +112,16 @@ def test_products_are_little_padded(shares, least):
     for launches, useful in ((forward, 2 * case.useful_flops(D)), (backward, 4 * case.useful_flops(D))):
         issued = sum(n for launch in launches for n in launch.dot_flops.values())
         assert useful <= issued and useful / issued >= least, useful / issued
+
+
+def test_row_tiles_without_rows_multiply_nothing():
+    """Every adapter may end in a partial row tile, so the grid has tiles for that; here each adapter fills its own."""
+    case = Case([256, 128, 0, 384], [16, 8, 4, 32], (128,))
+    weight, none = torch.randn(128, D).to(DTYPE), [torch.empty(0)]
+    with Probe(seed=0) as probe:
+        _, s = lora.lora_linear_fwd(case.x, [weight], [None], *case.bank)
+        n_forward = len(probe.launches)
+        lora.lora_linear_bwd(case.ys, [weight], case.x, s, *case.bank, None, none * 4, none * 4, [])
+    for launches in (probe.launches[:n_forward], probe.launches[n_forward:]):
+        issued = sum(launch.dot_flops_by_function["_base_dot"] for launch in launches)
+        assert issued == 2 * len(case.x) * D * 128

@@ -55,7 +55,8 @@ def test_counts_of_a_ragged_matmul(dtype, name):
     assert counts["distinct_sectors_read"] == (M * K + K * N) * item // 32
     assert counts["distinct_sectors_written"] == M * N * item // 32
     assert launch.dram_floor_bytes == (M * K + K * N + M * N) * item
-    assert counts["dot_flops"] == {f"{name} x {name} -> fp32": 12 * 5 * 2 * 32 * 32 * 16}
+    flops = 12 * 5 * 2 * 32 * 32 * 16
+    assert counts["dot_flops"] == {f"{name} x {name} -> fp32": flops} and counts["dot_flops_by_function"] == {"matmul_kernel": flops}
 
 
 def test_counts_of_atomics():
