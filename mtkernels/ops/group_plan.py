@@ -3,7 +3,7 @@
 Formula    perm = stable argsort of ids; offsets = exclusive cumsum of counts; ids outside [0, G) are "no group" and sort last
 Shapes     ids [T] or [T, K] int32/int64; P = T * K; results int32 (see GroupPlan)
 Gradients  none
-Backends   reference, cpu, triton. No CUDA C++: three small launches are bandwidth-trivial, Triton is enough
+Backends   reference, cpu, triton. No CUDA C++: four small launches are bandwidth-trivial, Triton is enough
 Cost       reads the ids twice, writes 3 P + O(G) int32; no host sync, no data-dependent shape
 
     plan = group_plan(adapter_ids, n_groups=4)

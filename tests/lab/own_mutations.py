@@ -47,10 +47,20 @@ class OwnMutation:
 
 
 LORA, SHRINK, EXPAND = "lora_kernels.py", "lora_shrink.py", "lora_expand.py"
+BASE, EMBEDDING, DORA = "lora_base.py", "lora_embedding.py", "dora.py"
+NORM, SWIGLU = "rmsnorm_kernels.py", "swiglu_lora_shrink.py"
 REDUCE, ENTROPY, PLAN = "task_reduce.py", "task_cross_entropy.py", "group_plan.py"
 FAT = MIXED + [2] * 1030  # two chunks of one group
 FATTEST = MIXED + [2] * 12000  # twelve
 NARROW = dict(n_in=40, n_out=24)  # of one target
+INVARIANT = "lora_linear:batch_invariant"
+MASKED_BASE = """\
+    if DROPOUT:
+        if adapter < n_adapters:
+            threshold, seed, site, step = dropout_of(table_ptr, n_adapters * len(dys), adapter, step_ptr, DROPOUT)
+            acc = tl.where(dropout_keep(seed, o_i, column, site, step, threshold, BLOCK_N), acc, 0.0)
+    o_n = column + tl.arange(0, BLOCK_N)
+    p_dx"""
 FIRST_CHUNK = "tl.atomic_add(partial_ptr + tl.load(p_tiles + task), tl.sum(b_value, axis=0))"
 
 MUTATIONS = {
@@ -76,6 +86,17 @@ MUTATIONS = {
     "LoRA: other slots of a row expanded too": OwnMutation(EXPAND, [("m_row &= b_p % n_slots == slot", "m_row &= slot >= 0")], ("probe", "virtual"), "lora_delta:gates"),
     "LoRA: gate of another position": OwnMutation(EXPAND, [("if gates_ptr is not None:\n        c *= tl.load(gates_ptr + b_p,", "if gates_ptr is not None:\n        c *= tl.load(gates_ptr + o_j,")], ("accuracy",), "lora_delta:gates"),
     "LoRA: columns of another target": OwnMutation("_lora.py", [("begins = _repeat([sum(widths[:g]) for", "begins = _repeat([0 for")], ("probe",), "lora_linear:group"),
+    "base: mask on the frozen layer too": OwnMutation(BASE, [("    o_n = column + tl.arange(0, BLOCK_N)\n    p_dx", MASKED_BASE)], ("accuracy",), INVARIANT),
+    "base: columns past the last one read": OwnMutation(BASE, [("b_x = tl.load(p_x, mask=m_k[None, :], other=0.0)", "b_x = tl.load(p_x)")], ("probe",), INVARIANT, options=dict(n_in=70)),
+    "base: adapters' part not scaled": OwnMutation(BASE, [("            acc *= c\n", "")], ("accuracy",), INVARIANT),
+    "base: rows of no adapter left out": OwnMutation(BASE, [("mask=adapter < n_adapters, other=n_rows)", "mask=adapter < n_adapters, other=0)")], ("accuracy",), INVARIANT),
+    "embedding: id -1 as an adapter": OwnMutation(EMBEDDING, [("m_known = (b_id >= 0) & (b_token", "m_known = (b_id >= -1) & (b_token")], ("probe",), "lora_embedding"),
+    "embedding: gradient of another token": OwnMutation(EMBEDDING, [("+ key % n_tokens", "+ (key + 1) % n_tokens")], ("accuracy",), "lora_embedding"),
+    "DoRA: rows of no adapter scaled": OwnMutation(DORA, [("mask=m_to & (b_id >= 0)[:, None], other=1.0)", "mask=m_to & (b_id >= 0)[:, None], other=0.0)")], ("accuracy",), "dora_rescale"),
+    "DoRA: last chunk not summed": OwnMutation(DORA, [("range(tl.load(p_tiles), tl.load(p_tiles + 1))", "range(tl.load(p_tiles), tl.load(p_tiles + 1) - 1)")], ("accuracy",), "dora_rescale"),
+    "RMSNorm: mean over the tile's columns": OwnMutation(NORM, [("tl.sum(square, axis=1) / d_in + eps", "tl.sum(square, axis=1) / BLOCK_K + eps")], ("accuracy",), "rmsnorm_lora_shrink"),
+    "RMSNorm: row written from every position": OwnMutation(NORM, [("m_row & (b_p % n_slots == 0)", "m_row")], ("probe",), "rmsnorm_lora_shrink:slots"),
+    "SwiGLU: gate without its slope": OwnMutation(SWIGLU, [("b_dgate, b_dup = total * b_up * slope,", "b_dgate, b_dup = total * b_up,")], ("accuracy",), "swiglu_lora_shrink"),
     "plan: sort not stable": OwnMutation(PLAN, [("(o_q[None, :] < o_p[:, None])", "(o_q[None, :] > o_p[:, None])")], ("accuracy",), "lora_delta"),
     "plan: two rows at one place": OwnMutation(PLAN, [("(o_q[None, :] < o_p[:, None])", "(o_q[None, :] + 1 < o_p[:, None])")], ("probe", "virtual"), "task_reduce"),
     "reduce: rows not permuted": OwnMutation(REDUCE, [("b_t = tl.load(perm_ptr + o_j, mask=m_j, other=0)", "b_t = tl.where(m_j, o_j, 0)")], ("accuracy", "virtual"), "task_reduce"),
