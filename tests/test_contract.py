@@ -159,6 +159,25 @@ def test_isolation_from_nan_rows(name, dtype, way):
             assert same(clean[key], poisoned_slices[key]), f"{name} {key} sees another group's NaN"
 
 
+@pytest.mark.parametrize("dtype", [torch.float16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_row_offsets_past_2_31_elements(name, dtype, kernel_way):
+    """Rows so far apart that the last begins past 2^31 elements; only the pages that are touched exist."""
+    ids = [*MIXED, 0]  # 17 rows: no factor has that many
+
+    def results(stride):
+        problem = PROBLEMS[name](ids, dtype, kernel_way.device, backend=kernel_way.backend)
+        for leaf in problem.leaves.values():
+            if leaf.dim() > 1 and len(leaf) == len(ids):
+                storage = torch.empty(16 * stride + leaf[0].numel(), dtype=leaf.dtype, device=leaf.device)
+                leaf.data = storage.as_strided(leaf.shape, (stride, *leaf.stride()[1:])).copy_(leaf.data)
+        return problem.results()
+
+    # Both strides are multiples of 64, so that both run the same specialisation.
+    near, far = results(2**13 + 64), results(2**27 + 64)
+    assert all(same(near[key], far[key]) for key in near)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_thread_count_changes_no_bit(name, dtype, kernel_way):
     ids, before = MIXED * (2 if kernel_way.slow else 40), torch.get_num_threads()
