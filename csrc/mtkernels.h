@@ -23,6 +23,9 @@ void lora_embedding_fwd(Tensor token, std::vector<Tensor> A, Tensor ids, Tensor 
 void lora_embedding_bwd(Tensor ds, Tensor token, int64_t padding, Tensor ids, Tensor offsets, Tensor perm, Tensor tiles,
                         std::vector<Tensor> dA);
 
+// Keep bits [positions, ceil(n_cols / 8)].
+Tensor lora_dropout_mask(Tensor threshold, Tensor seeds, Tensor offsets, Tensor perm, Tensor tiles, Tensor step, int64_t site, int64_t n_cols);
+
 Tensor dora_norm(Tensor weight, std::vector<Tensor> A, std::vector<Tensor> B, Tensor scale);
 Tensor dora_dropout(Tensor x, Tensor threshold, Tensor seeds, Tensor offsets, Tensor perm, Tensor tiles, Tensor step, int64_t site);
 Tensor dora_fwd(Tensor z, OptionalTensor base, Tensor scale, Tensor ids);
@@ -37,6 +40,8 @@ Tensor task_cross_entropy_bwd(Tensor dnll, Tensor logits, Tensor target, Tensor 
 }  // namespace cpu
 
 namespace cuda {
+
+Tensor lora_dropout_mask(Tensor threshold, Tensor seeds, Tensor offsets, Tensor perm, Tensor tiles, Tensor step, int64_t site, int64_t n_cols);
 
 Tensor task_reduce_fwd(Tensor values, OptionalTensor coef, Tensor offsets, Tensor perm, Tensor tiles);
 std::tuple<Tensor, Tensor> task_reduce_bwd(Tensor dsums, Tensor values, OptionalTensor coef, Tensor ids);

@@ -9,10 +9,10 @@ STABLE_TORCH_LIBRARY(mtkernels_C, m) {
   m.def("group_plan(Tensor ids, int n_groups) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "lora_shrink_fwd(Tensor x, Tensor[] A, Tensor[] threshold, Tensor[] seeds, Tensor offsets, Tensor perm, Tensor tiles, Tensor step,"
-      " int[] sites, bool dropout) -> Tensor");
+      " int[] sites, bool dropout, Tensor(a!)? bits=None) -> Tensor");
   m.def(
       "lora_shrink_bwd(Tensor ds, Tensor x, Tensor[] A, Tensor[] threshold, Tensor[] seeds, Tensor offsets, Tensor perm, Tensor tiles,"
-      " Tensor step, int[] sites, bool dropout, Tensor(a!)? dx, Tensor(b!)[] dA) -> ()");
+      " Tensor step, int[] sites, bool dropout, Tensor(a!)? dx, Tensor(b!)[] dA, Tensor? bits=None) -> ()");
   m.def(
       "lora_expand_fwd(Tensor s, Tensor[] B, Tensor[] bias, Tensor[] scale, Tensor? gates, Tensor offsets, Tensor perm, Tensor tiles,"
       " Tensor(a!)[] ys) -> ()");
@@ -21,11 +21,13 @@ STABLE_TORCH_LIBRARY(mtkernels_C, m) {
       " Tensor tiles, Tensor(a!) ds, Tensor(b!)? e, Tensor(c!)[] dB, Tensor(d!)[] dbias) -> ()");
   m.def(
       "lora_fwd(Tensor x, Tensor[] A, Tensor[] B, Tensor[] bias, Tensor[] scale, Tensor[] threshold, Tensor[] seeds, Tensor? gates,"
-      " Tensor offsets, Tensor perm, Tensor tiles, Tensor step, int[] sites, bool dropout, Tensor(a!)[] ys) -> Tensor");
+      " Tensor offsets, Tensor perm, Tensor tiles, Tensor step, int[] sites, bool dropout, Tensor(a!)[] ys,"
+      " Tensor(b!)? bits=None) -> Tensor");
   m.def(
       "lora_bwd(Tensor[] dys, Tensor x, Tensor s, Tensor[] A, Tensor[] B, Tensor[] bias, Tensor[] scale, Tensor[] threshold,"
       " Tensor[] seeds, Tensor? gates, Tensor offsets, Tensor perm, Tensor tiles, Tensor step, int[] sites, bool dropout,"
-      " Tensor(a!)? dx, Tensor(b!)? e, Tensor(c!)[] dA, Tensor(d!)[] dB, Tensor(e!)[] dbias) -> ()");
+      " Tensor(a!)? dx, Tensor(b!)? e, Tensor(c!)[] dA, Tensor(d!)[] dB, Tensor(e!)[] dbias,"
+      " Tensor? bits=None) -> ()");
   m.def(
       "rmsnorm_lora_shrink_fwd(Tensor x, Tensor gamma, float eps, float offset, bool round_first, Tensor[] A, Tensor[] threshold,"
       " Tensor[] seeds, Tensor offsets, Tensor perm, Tensor tiles, Tensor step, int[] sites, bool dropout) -> (Tensor, Tensor, Tensor)");
@@ -48,6 +50,9 @@ STABLE_TORCH_LIBRARY(mtkernels_C, m) {
   m.def(
       "lora_embedding_bwd(Tensor ds, Tensor token, int padding, Tensor ids, Tensor offsets, Tensor perm, Tensor tiles,"
       " Tensor(a!)[] dA) -> ()");
+  m.def(
+      "lora_dropout_mask(Tensor threshold, Tensor seeds, Tensor offsets, Tensor perm, Tensor tiles, Tensor step, int site, int n_cols)"
+      " -> Tensor");
   m.def("dora_norm(Tensor weight, Tensor[] A, Tensor[] B, Tensor scale) -> Tensor");
   m.def(
       "dora_dropout(Tensor x, Tensor threshold, Tensor seeds, Tensor offsets, Tensor perm, Tensor tiles, Tensor step, int site)"
@@ -78,6 +83,7 @@ STABLE_TORCH_LIBRARY_IMPL(mtkernels_C, CPU, m) {
   m.impl("lora_base_dx", TORCH_BOX(&cpu::lora_base_dx));
   m.impl("lora_embedding_fwd", TORCH_BOX(&cpu::lora_embedding_fwd));
   m.impl("lora_embedding_bwd", TORCH_BOX(&cpu::lora_embedding_bwd));
+  m.impl("lora_dropout_mask", TORCH_BOX(&cpu::lora_dropout_mask));
   m.impl("dora_norm", TORCH_BOX(&cpu::dora_norm));
   m.impl("dora_dropout", TORCH_BOX(&cpu::dora_dropout));
   m.impl("dora_fwd", TORCH_BOX(&cpu::dora_fwd));
@@ -96,6 +102,7 @@ STABLE_TORCH_LIBRARY_IMPL(mtkernels_C, CompositeExplicitAutograd, m) {
 
 #ifdef MTKERNELS_CUDA
 STABLE_TORCH_LIBRARY_IMPL(mtkernels_C, CUDA, m) {
+  m.impl("lora_dropout_mask", TORCH_BOX(&cuda::lora_dropout_mask));
   m.impl("task_reduce_fwd", TORCH_BOX(&cuda::task_reduce_fwd));
   m.impl("task_reduce_bwd", TORCH_BOX(&cuda::task_reduce_bwd));
 }

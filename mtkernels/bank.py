@@ -133,7 +133,10 @@ class LoraBank:
         """One bank per adapter, on the same tensors."""
         bias = self.bias or [None] * len(self)
         parts = zip(self.A, self.B, self.ranks, bias, self.scale.split(1), self.threshold.split(1), self.seeds.split(1))
-        return [LoraBank([a], [b], [r], "separate", [] if beta is None else [beta], *small) for a, b, r, beta, *small in parts]
+        banks = [LoraBank([a], [b], [r], "separate", [] if beta is None else [beta], *small) for a, b, r, beta, *small in parts]
+        for bank in banks:
+            bank.has_dropout = self.has_dropout
+        return banks
 
     def main_grads(self):
         """The `.main_grad` of every parameter and bias, or [] when gradients are returned as usual."""

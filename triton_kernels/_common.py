@@ -55,6 +55,35 @@ def dropout_keep(seed, uid, column, site, step, threshold, BLOCK_C: tl.constexpr
 
 
 @triton.jit
+def dropout_bits(seed, uid, column, site, step, threshold, BLOCK_C: tl.constexpr):
+    """The mask of dropout_keep as uint8 [M, BLOCK_C / 8]: bit l of byte b is column 8 b + l."""
+    o_c8 = column // 8 + tl.arange(0, BLOCK_C // 8)
+    words = tl.philox(seed, o_c8[None, :], uid[:, None], site, step.to(tl.uint32), n_rounds=7)
+    threshold = threshold.to(tl.uint32)
+    bits = tl.zeros([uid.shape[0], BLOCK_C // 8], tl.uint32)
+    for w in tl.static_range(4):
+        bits |= ((words[w] & 0xFFFF) >= threshold).to(tl.uint32) << 2 * w
+        bits |= ((words[w] >> 16) >= threshold).to(tl.uint32) << 2 * w + 1
+    return bits.to(tl.uint8)
+
+
+@triton.jit
+def real_bits(b_bits, column, n_cols):
+    """b_bits [M, bytes] of columns from `column` on with zeros right of the last."""
+    left = n_cols - column - 8 * tl.arange(0, b_bits.shape[1])
+    return b_bits & (255 >> tl.minimum(tl.maximum(8 - left, 0), 8)).to(tl.uint8)[None, :]
+
+
+@triton.jit
+def unpack_bits(b_bits):
+    """Keep mask [M, 8 * bytes], its elements where dropout_keep has them."""
+    M: tl.constexpr = b_bits.shape[0]
+    b_bits = b_bits.to(tl.uint32)
+    pairs = tl.join(tl.join(b_bits, b_bits >> 4), tl.join(b_bits >> 2, b_bits >> 6))
+    return tl.reshape(tl.join(pairs & 1, pairs & 2) != 0, [M, 8 * b_bits.shape[1]])
+
+
+@triton.jit
 def dropout_scale(threshold, DROPOUT: tl.constexpr):
     """65536 / (65536 - threshold), 0 when everything is dropped, 1 without dropout."""
     if not DROPOUT:

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import arch_of, cdiv, compile_case, dropout_keep, dropout_scale, group_of_tile, launch_options, tile_index
+from ._common import arch_of, cdiv, compile_case, dropout_scale, group_of_tile, launch_options, tile_index
 from ._lora import (
     DTYPES,
     PTR_A,
@@ -32,7 +32,8 @@ from ._lora import (
     strides_of_B,
 )
 from .lora_expand import launch_ds_and_grad_b, target_of
-from .lora_shrink import launch_finish, launch_grad_a, launch_shrink, new_partial, new_s
+from .lora_kernels import bits_of_target, keep_tile
+from .lora_shrink import bits_args, launch_finish, launch_grad_a, launch_shrink, new_partial, new_s
 
 _NO_LORA = dict(FACTOR=tl.float32, ALIGNED=False, ALIGN=1)
 # A batch of fewer rows takes lower tiles: of the same BLOCK_K and the same tensor-core instruction, so of the same bits.
@@ -160,7 +161,7 @@ def _lora_base_fwd_kernel(
 @triton.jit
 def _lora_base_dx_kernel(
     dys, strides, weights, strides_o, strides_d, widths, dx_ptr, stride_dx,  # dy [T, O], W [O, D] of each target; output dx [T, D]
-    perm_ptr, offsets_ptr, tiles_ptr, table_ptr, step_ptr, ds_ptr, stride_ds,
+    perm_ptr, offsets_ptr, tiles_ptr, table_ptr, step_ptr, bits_ptr, stride_bits, stride_bits_g, ds_ptr, stride_ds,
     n_rows, d_in, n_row_tiles, n_column_tiles, n_adapters,
     DROPOUT: tl.constexpr, HAS_LORA: tl.constexpr, FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr, ALIGN_A: tl.constexpr,
     EVEN_K: tl.constexpr, TILE_INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -178,7 +179,7 @@ def _lora_base_dx_kernel(
             # Without hoisting: whatever is computed ahead of the loop lives beside two accumulators.
             for g in tl.range(0, len(dys), num_stages=1, disable_licm=True):
                 entry = g * n_adapters + adapter
-                threshold, seed, site, step = dropout_of(table_ptr, n_columns, entry, step_ptr, DROPOUT)
+                mask = dropout_of(table_ptr, n_columns, entry, step_ptr, DROPOUT)
                 part = _rank_dot(
                     tl.zeros([BLOCK_M, BLOCK_N], tl.float32),
                     ds_ptr + b_t[:, None] * stride_ds + size_field(table_ptr, n_columns, entry, S_BEGIN, ALIGN),
@@ -187,8 +188,9 @@ def _lora_base_dx_kernel(
                     size_field(table_ptr, n_columns, entry, RANK, ALIGN), column, d_in, BLOCK_N,
                 )  # fmt: skip
                 if DROPOUT:
-                    part = tl.where(dropout_keep(seed, o_i, column, site, step, threshold, BLOCK_N), part, 0.0)
-                acc = tl.fma(part, dropout_scale(threshold, DROPOUT), acc)
+                    bits = bits_of_target(bits_ptr, stride_bits, stride_bits_g, g)
+                    part = tl.where(keep_tile(mask, bits, b_t, m_row, o_i, column, d_in, BLOCK_N), part, 0.0)
+                acc = tl.fma(part, dropout_scale(mask[0], DROPOUT), acc)
     for g in tl.static_range(len(dys)):
         acc = _base_dot(
             acc, dys[g] + b_t[:, None] * strides[g], weights[g], strides_o[g], strides_d[g],
@@ -255,7 +257,7 @@ def launch_fwd(x, weights, biases, plan=None, bank=None, s=None, gates=None):
     return list(ys)
 
 
-def launch_dx(dys, weights, plan=None, bank=None, ds=None, step=None, dropout=False):
+def launch_dx(dys, weights, plan=None, bank=None, ds=None, step=None, dropout=False, bits=None):
     """dx of all targets; arguments as of launch_fwd."""
     options, n_adapters = _options("dx", dys[0], ds), bank.n_adapters if bank else 0
     n_rows, n_cols, widths = len(dys[0]), weights[0].shape[1], tuple(w.shape[0] for w in weights)
@@ -266,7 +268,7 @@ def launch_dx(dys, weights, plan=None, bank=None, ds=None, step=None, dropout=Fa
     if dx.numel():
         _lora_base_dx_kernel[(n_row_tiles * n_column_tiles,)](
             tuple(dys), tuple(dy.stride(0) for dy in dys), *_weight_args(weights), widths, dx, dx.stride(0),
-            perm, offsets, tiles, table, step, *ds,
+            perm, offsets, tiles, table, step, *bits_args(bits), *ds,
             n_rows, n_cols, n_row_tiles, n_column_tiles, n_adapters,
             DROPOUT=dropout, EVEN_K=all(w % options["BLOCK_K"] == 0 for w in widths),
             TILE_INDEX=tile_index(options["BLOCK_M"]), **lora, **options,
@@ -287,28 +289,28 @@ def lora_base_dx(dys, weights):
 
 
 def lora_linear_fwd(
-    x, weights, biases, A, B, bias, scale, threshold, seeds, gates, offsets, perm, tiles, step, sites, dropout
+    x, weights, biases, A, B, bias, scale, threshold, seeds, gates, offsets, perm, tiles, step, sites, dropout, bits=None
 ):
-    """(ys, S): the layer and the adapters' part of every target in two launches."""
+    """(ys, S): the layer and the adapters' part of every target in two launches; fills the keep bits, if given."""
     with torch.cuda.device_of(x):
         bank = bank_of(len(weights), A, B, bias, scale, threshold, seeds, sites)
         s = new_s(bank, x, perm, A)
-        launch_shrink(bank, x, offsets, perm, tiles, step, dropout, s)
+        launch_shrink(bank, x, offsets, perm, tiles, step, dropout, s, bits)
         return launch_fwd(x, weights, biases, (offsets, perm, tiles), bank, s, gates), s
 
 
 def lora_linear_bwd(
-    dys, weights, x, s, A, B, bias, scale, threshold, seeds, gates, offsets, perm, tiles, step, sites, dropout, e, dA, dB, dbias
+    dys, weights, x, s, A, B, bias, scale, threshold, seeds, gates, offsets, perm, tiles, step, sites, dropout, e, dA, dB, dbias, bits=None
 ):
-    """dx; e (or None) and the gradients are written. Four launches at most."""
+    """dx; e (or None) and the gradients are written; bits: keep bits of the forward. Four launches at most."""
     plan = offsets, perm, tiles
     with torch.cuda.device_of(s):
         bank = bank_of(len(dys), A, B, bias, scale, threshold, seeds, sites, dA, dB, dbias)
         partial, ds = new_partial(bank, perm), torch.empty_like(s)
         launch_ds_and_grad_b(bank, dys, s, gates, *plan, ds, e, partial)
-        launch_grad_a(bank, ds, x, *plan, step, dropout, partial)
+        launch_grad_a(bank, ds, x, *plan, step, dropout, partial, bits)
         launch_finish(bank, ds, len(x), *plan, step, dropout, None, partial)
-        return launch_dx(dys, weights, plan, bank, ds, step, dropout)
+        return launch_dx(dys, weights, plan, bank, ds, step, dropout, bits)
 
 
 def fuses(rows, factor, inner, n_adapters):

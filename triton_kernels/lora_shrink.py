@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import cdiv, dropout_keep, dropout_scale, group_of_tile, tile_index
+from ._common import arch_of, cdiv, dropout_scale, group_of_tile, launch_options, tile_index
 from ._lora import (
     CHUNK,
     CHUNK_ROWS,
@@ -39,14 +39,14 @@ from ._lora import (
     size_field,
     slots_of,
 )
-from .lora_kernels import expand_dot, factor_grad_tile, fill_zeros, first_slot, shrink_dot
+from .lora_kernels import bits_of_target, expand_dot, factor_grad_tile, fill_zeros, first_slot, keep_tile, shrink_dot
 
 
 @triton.jit
 def _lora_shrink_kernel(
     x_ptr, stride_x, perm_ptr, offsets_ptr, tiles_ptr,  # rows [T, D] and the plan of their positions
     table_ptr, step_ptr,
-    s_ptr, stride_s,  # output [P, widths]
+    s_ptr, stride_s, bits_ptr, stride_bits, stride_bits_g,  # outputs [P, widths], uint8 [P, targets, ceil(D / 8)] or None
     n_positions, n_slots, d_in, n_adapters, n_targets,
     DROPOUT: tl.constexpr, BUCKETS: tl.constexpr, FILL_R: tl.constexpr,
     FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr, ALIGN_A: tl.constexpr,
@@ -68,7 +68,12 @@ def _lora_shrink_kernel(
         rank = size_field(table_ptr, n_columns, entry, RANK, ALIGN)
     p_s = s_ptr + b_p[:, None].to(tl.int64) * stride_s + size_field(table_ptr, n_columns, entry, S_BEGIN, ALIGN)
     fill_zeros(p_s, m_row, rank, field(table_ptr, n_columns, entry, S_WIDTH).to(tl.int32), FILL_R)
+    p_bits = None
+    if bits_ptr is not None:
+        p_bits = bits_ptr + b_p[:, None].to(tl.int64) * stride_bits + target * stride_bits_g
     if rank == 0:
+        if bits_ptr is not None:
+            fill_zeros(p_bits, m_row, 0, tl.cdiv(d_in, 8), 64)
         return
 
     p_row = x_ptr + (b_p // n_slots)[:, None].to(tl.int64) * stride_x
@@ -83,7 +88,7 @@ def _lora_shrink_kernel(
                 for rank0 in range(0, rank, 16 << b):
                     acc = shrink_dot(
                         p_row, m_row, p_A + tl.cast(rank0, tl.int64) * stride_A, stride_A, 1, rank - rank0, d_in,
-                        o_j - begin, mask,
+                        o_j - begin, mask, p_bits, m_row & (rank0 == 0),
                         compute, DROPOUT, 16 << b, BLOCK_K if b < 3 else BLOCK_K // 2,
                     )  # fmt: skip
                     o_r = rank0 + tl.arange(0, 16 << b)
@@ -93,7 +98,7 @@ def _lora_shrink_kernel(
 @triton.jit
 def _lora_grad_a_kernel(
     x_ptr, stride_x, ds_ptr, stride_ds, perm_ptr, offsets_ptr, tiles_ptr,  # rows [T, D], dS [P, widths] and the plan
-    table_ptr, step_ptr,
+    table_ptr, step_ptr, bits_ptr, stride_bits, stride_bits_g,
     partial_ptr, slot_size,  # output [slots, slot_size]; single chunks go to the table's gradients
     n_slots, d_in, n_rank_tiles, n_adapters, n_targets,
     DROPOUT: tl.constexpr, BUCKETS: tl.constexpr, GRAD: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr, ALIGN_A: tl.constexpr,
@@ -118,7 +123,7 @@ def _lora_grad_a_kernel(
     factor_grad_tile(
         x_ptr, stride_x, column, d_in,
         ds_ptr + size_field(table_ptr, n_columns, entry, S_BEGIN, ALIGN), stride_ds, rank0, rank,
-        dropout_scale(mask[0], DROPOUT), mask,
+        dropout_scale(mask[0], DROPOUT), mask, bits_of_target(bits_ptr, stride_bits, stride_bits_g, target),
         perm_ptr, None, offsets_ptr, adapter, tile - tl.load(p_tiles + adapter), n_slots,
         p_grad, 1, size_field(table_ptr, n_columns, entry, STRIDE_DA, ALIGN_A), p_grad,
         partial_ptr, slot_size, field(table_ptr, n_columns, entry, PART_A), 1, d_in, 0,
@@ -128,7 +133,7 @@ def _lora_grad_a_kernel(
 
 @triton.jit
 def _dx_program(
-    program, dx_ptr, stride_dx, perm_ptr, offsets_ptr, tiles_ptr, table_ptr, step_ptr, ds_ptr, stride_ds,
+    program, dx_ptr, stride_dx, perm_ptr, offsets_ptr, tiles_ptr, table_ptr, step_ptr, bits_ptr, stride_bits, stride_bits_g, ds_ptr, stride_ds,
     n_slots, slot, d_in, n_adapters, n_targets,
     DROPOUT: tl.constexpr, BUCKETS: tl.constexpr, FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr, ALIGN_A: tl.constexpr,
     TILE_INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -162,8 +167,8 @@ def _dx_program(
                     BUCKETS, BLOCK_N,
                 )  # fmt: skip
                 if DROPOUT:
-                    threshold, seed, site, step = mask
-                    acc = tl.where(dropout_keep(seed, o_j - begin, column, site, step, threshold, BLOCK_N), acc, 0.0)
+                    bits = bits_of_target(bits_ptr, stride_bits, stride_bits_g, g)
+                    acc = tl.where(keep_tile(mask, bits, b_p, m_row, o_j - begin, column, d_in, BLOCK_N), acc, 0.0)
                 # An explicit fma, so that every variant of the kernel rounds alike whatever the compiler would fuse.
                 total = tl.fma(acc, dropout_scale(mask[0], DROPOUT), total)
             tl.store(p_dx, total.to(dx_ptr.dtype.element_ty), mask=m_dx)
@@ -225,7 +230,7 @@ def _sum_chunks_program(
 @triton.jit(do_not_specialize=["slot"])
 def _lora_bwd_finish_kernel(
     dx_ptr, stride_dx, perm_ptr, offsets_ptr, tiles_ptr,  # updated rows [T, D] and the plan
-    table_ptr, step_ptr,
+    table_ptr, step_ptr, bits_ptr, stride_bits, stride_bits_g,
     ds_ptr, stride_ds, partial_ptr, slot_size,  # inputs [P, widths], [slots, slot_size]
     n_slots, slot, d_in, size_A, size_B, size_bias, n_adapters, n_targets, n_dx_programs,
     DROPOUT: tl.constexpr, BUCKETS: tl.constexpr, FACTOR: tl.constexpr, GRAD: tl.constexpr, LAYOUT: tl.constexpr,
@@ -236,8 +241,8 @@ def _lora_bwd_finish_kernel(
     program = tl.program_id(0)
     if program < n_dx_programs:
         _dx_program(
-            program, dx_ptr, stride_dx, perm_ptr, offsets_ptr, tiles_ptr, table_ptr, step_ptr, ds_ptr, stride_ds,
-            n_slots, slot, d_in, n_adapters, n_targets,
+            program, dx_ptr, stride_dx, perm_ptr, offsets_ptr, tiles_ptr, table_ptr, step_ptr, bits_ptr, stride_bits, stride_bits_g,
+            ds_ptr, stride_ds, n_slots, slot, d_in, n_adapters, n_targets,
             DROPOUT, BUCKETS, FACTOR, ALIGNED, ALIGN, ALIGN_A, TILE_INDEX, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     else:
@@ -247,35 +252,45 @@ def _lora_bwd_finish_kernel(
         )  # fmt: skip
 
 
-def launch_shrink(bank, x, offsets, perm, tiles, step, dropout, s):
+def bits_args(bits):
+    """Pointer, row stride and target stride of keep bits, or of none."""
+    return (None, 0, 0) if bits is None else (bits, bits.stride(0), bits.stride(1))
+
+
+def prefers_bits(device):
+    """Whether a mask costs more to draw than to move here: data, from the estimate in docs/lora.md."""
+    return launch_options("lora_shrink", "dropout", arch_of(device))["keep_bits"]
+
+
+def launch_shrink(bank, x, offsets, perm, tiles, step, dropout, s, bits=None):
     if not s.numel():
-        return
+        return None if bits is None else bits.zero_()
     options = options_of("lora_shrink", "shrink", x.device, s.dtype)
     row_tiles = cdiv(perm.numel(), options["BLOCK_M"]) + bank.n_adapters + 1
     _lora_shrink_kernel[(row_tiles * bank.n_targets,)](
         x, x.stride(0), perm, offsets, tiles, bank.table, step,
-        s, s.stride(0),
+        s, s.stride(0), *bits_args(bits),
         perm.numel(), slots_of(perm, len(x)), x.shape[1], bank.n_adapters, bank.n_targets,
         DROPOUT=dropout, FILL_R=fill_width(bank), TILE_INDEX=tile_index(options["BLOCK_M"]),
         **bank.pick("BUCKETS", "FACTOR", "ALIGNED", "ALIGN", "ALIGN_A"), **options,
     )  # fmt: skip
 
 
-def launch_grad_a(bank, ds, x, offsets, perm, tiles, step, dropout, partial):
+def launch_grad_a(bank, ds, x, offsets, perm, tiles, step, dropout, partial, bits=None):
     if not bank.largest[0] or not perm.numel():
         return
     options = options_of("lora_shrink", "grad_a", x.device, ds.dtype)
     n_rank_tiles = cdiv(bank.max_rank, 64)
     tiles_xy = (cdiv(perm.numel(), CHUNK) + bank.n_adapters) * cdiv(x.shape[1], options["BLOCK_W"])
     _lora_grad_a_kernel[(tiles_xy * n_rank_tiles * bank.n_targets,)](
-        x, x.stride(0), ds, ds.stride(0), perm, offsets, tiles, bank.table, step,
+        x, x.stride(0), ds, ds.stride(0), perm, offsets, tiles, bank.table, step, *bits_args(bits),
         partial, partial.stride(0),
         slots_of(perm, len(x)), x.shape[1], n_rank_tiles, bank.n_adapters, bank.n_targets,
         DROPOUT=dropout, TILE_INDEX=tile_index(CHUNK), **bank.pick("BUCKETS", "GRAD", "ALIGNED", "ALIGN", "ALIGN_A"), **options,
     )  # fmt: skip
 
 
-def launch_finish(bank, ds, n_rows, offsets, perm, tiles, step, dropout, dx, partial):
+def launch_finish(bank, ds, n_rows, offsets, perm, tiles, step, dropout, dx, partial, bits=None):
     """dx += M o (dS A) unless dx is None, and the sums of the chunks of every gradient in the bank."""
     options = options_of("lora_shrink", "finish", ds.device, ds.dtype)
     d_in = bank.d_in if dx is None else dx.shape[1]
@@ -288,7 +303,7 @@ def launch_finish(bank, ds, n_rows, offsets, perm, tiles, step, dropout, dx, par
         if not n_dx + n_sums:
             return
         _lora_bwd_finish_kernel[(n_dx + n_sums,)](
-            out, out.stride(0), perm, offsets, tiles, bank.table, step,
+            out, out.stride(0), perm, offsets, tiles, bank.table, step, *bits_args(bits),
             ds, ds.stride(0), partial, partial.stride(0),
             n_slots, slot, d_in, *bank.largest, bank.n_adapters, bank.n_targets, n_dx,
             DROPOUT=dropout, TILE_INDEX=tile_index(options["BLOCK_M"]),
@@ -308,21 +323,21 @@ def new_s(bank, x, perm, factors):
     return torch.empty(perm.numel(), sum(bank.widths), dtype=dtype, device=x.device)
 
 
-def lora_shrink_fwd(x, A, threshold, seeds, offsets, perm, tiles, step, sites, dropout):
+def lora_shrink_fwd(x, A, threshold, seeds, offsets, perm, tiles, step, sites, dropout, bits=None):
     with torch.cuda.device_of(x):
         bank = bank_of(len(sites), A=A, threshold=threshold, seeds=seeds, sites=sites)
         s = new_s(bank, x, perm, A)
-        launch_shrink(bank, x, offsets, perm, tiles, step, dropout, s)
+        launch_shrink(bank, x, offsets, perm, tiles, step, dropout, s, bits)
     return s
 
 
-def lora_shrink_bwd(ds, x, A, threshold, seeds, offsets, perm, tiles, step, sites, dropout, dx, dA):
+def lora_shrink_bwd(ds, x, A, threshold, seeds, offsets, perm, tiles, step, sites, dropout, dx, dA, bits=None):
     """dx (or None) is added to; dA is written, but for the empty ones."""
     with torch.cuda.device_of(ds):
         bank = bank_of(len(sites), A=A, threshold=threshold, seeds=seeds, sites=sites, dA=dA)
         partial = new_partial(bank, perm)
-        launch_grad_a(bank, ds, x, offsets, perm, tiles, step, dropout, partial)
-        launch_finish(bank, ds, len(x), offsets, perm, tiles, step, dropout, dx, partial)
+        launch_grad_a(bank, ds, x, offsets, perm, tiles, step, dropout, partial, bits)
+        launch_finish(bank, ds, len(x), offsets, perm, tiles, step, dropout, dx, partial, bits)
 
 
 def compile_cases(arch):

@@ -25,6 +25,7 @@ inline std::string dtype_name(ScalarType dtype) {
     case ScalarType::BFloat16: return "bfloat16";
     case ScalarType::Int: return "int32";
     case ScalarType::Long: return "int64";
+    case ScalarType::Byte: return "uint8";
     default: return "dtype #" + std::to_string(static_cast<int>(dtype));
   }
 }

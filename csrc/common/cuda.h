@@ -33,7 +33,7 @@ inline Element element_of(const Tensor& t) {
 
 inline void check_cuda(const char* name, const Tensor& t, const Tensor& values) {
   STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == values.get_device_index(), name,
-                  " is not on the device of values (cuda:", values.get_device_index(), "); move it there");
+                  " is not on the device of the others (cuda:", values.get_device_index(), "); move it there");
 }
 
 // `error` is nullptr or what a launch reported.

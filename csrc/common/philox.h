@@ -2,6 +2,12 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define MTK_HOST_DEVICE __host__ __device__
+#else
+#define MTK_HOST_DEVICE
+#endif
+
 namespace mtk {
 
 constexpr uint32_t kPhiloxMul0 = 0xD2511F53u;
@@ -19,7 +25,7 @@ struct DropoutKey {
 };
 
 template <int kRounds>
-inline void philox4x32(uint32_t key0, uint32_t key1, uint32_t counter[4]) {
+MTK_HOST_DEVICE inline void philox4x32(uint32_t key0, uint32_t key1, uint32_t counter[4]) {
   for (int round = 0; round < kRounds; ++round) {
     const uint64_t p0 = uint64_t{kPhiloxMul0} * counter[0];
     const uint64_t p1 = uint64_t{kPhiloxMul1} * counter[2];
@@ -34,7 +40,7 @@ inline void philox4x32(uint32_t key0, uint32_t key1, uint32_t counter[4]) {
 }
 
 // Bit l of the result: column 8 * block + l is kept.
-inline uint8_t dropout_keep_byte(const DropoutKey& key, uint32_t block, uint32_t threshold) {
+MTK_HOST_DEVICE inline uint8_t dropout_keep_byte(const DropoutKey& key, uint32_t block, uint32_t threshold) {
   uint32_t words[4] = {block, key.uid, key.site, key.step};
   philox4x32<kDropoutRounds>(key.key0, key.key1, words);
   uint32_t keep = 0;

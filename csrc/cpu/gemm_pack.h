@@ -103,17 +103,27 @@ static inline void pack_expand_panel(const T* src, int64_t r_stride, int64_t n_s
   }
 }
 
-// One dropout mask per adapter row, as keep bits of the block being packed.
+// Bits of the last byte that holds n columns.
+MTK_INLINE uint8_t last_byte(int64_t n) { return static_cast<uint8_t>(0xff >> (-n & 7)); }
+
+// One dropout mask per adapter row, as keep bits of the block being packed: drawn, or read where they are stored.
 struct KeepBits {
   DropoutKey key;
   uint32_t threshold;
   uint8_t* bits;
+  const uint8_t* stored;  // of position 0, or null
+  int64_t stored_stride;
+  const int32_t* positions;  // of the block's rows
 
   static constexpr int64_t kStride = kWide / 8;
 
   // Row `row` of the block starting at column `col`, with ordinal `uid` in its adapter.
   MTK_INLINE void fill(KeepBits* self, int64_t row, uint32_t uid, int64_t col, int64_t cols) {
     uint8_t* out = self->bits + row * kStride;
+    if (self->stored) {
+      std::memcpy(out, self->stored + self->positions[row] * self->stored_stride + col / 8, static_cast<size_t>((cols + 7) / 8));
+      return;
+    }
     if (self->threshold > 0xffff) {
       std::memset(out, 0, kStride);
       return;

@@ -7,12 +7,13 @@
 
 namespace mtk::cpu {
 
-// S [positions, sum of the targets' largest ranks].
+// S [positions, sum of the targets' largest ranks]. bits, here and below: keep bits uint8 [positions, targets, ceil(D / 8)], which a
+// forward fills and a backward reads in place of drawing the masks; none = drawn again.
 Tensor lora_shrink_fwd(Tensor x, Tensors A, Tensors threshold, Tensors seeds, Tensor offsets, Tensor perm, Tensor tiles, Tensor step,
-                       Ints sites, bool dropout);
+                       Ints sites, bool dropout, OptionalTensor bits);
 // Adds to dx, if given; writes every dA that is not empty.
 void lora_shrink_bwd(Tensor ds, Tensor x, Tensors A, Tensors threshold, Tensors seeds, Tensor offsets, Tensor perm, Tensor tiles,
-                     Tensor step, Ints sites, bool dropout, OptionalTensor dx, Tensors dA);
+                     Tensor step, Ints sites, bool dropout, OptionalTensor dx, Tensors dA, OptionalTensor bits);
 
 // Adds to ys.
 void lora_expand_fwd(Tensor s, Tensors B, Tensors bias, Tensors scale, OptionalTensor gates, Tensor offsets, Tensor perm, Tensor tiles,
@@ -23,10 +24,10 @@ void lora_expand_bwd(Tensors dys, Tensor s, Tensors B, Tensors bias, Tensors sca
 
 // Both halves. The backward keeps dS in float32 and reads x only for a dA that is wanted.
 Tensor lora_fwd(Tensor x, Tensors A, Tensors B, Tensors bias, Tensors scale, Tensors threshold, Tensors seeds, OptionalTensor gates,
-                Tensor offsets, Tensor perm, Tensor tiles, Tensor step, Ints sites, bool dropout, Tensors ys);
+                Tensor offsets, Tensor perm, Tensor tiles, Tensor step, Ints sites, bool dropout, Tensors ys, OptionalTensor bits);
 void lora_bwd(Tensors dys, Tensor x, Tensor s, Tensors A, Tensors B, Tensors bias, Tensors scale, Tensors threshold, Tensors seeds,
               OptionalTensor gates, Tensor offsets, Tensor perm, Tensor tiles, Tensor step, Ints sites, bool dropout, OptionalTensor dx,
-              OptionalTensor e, Tensors dA, Tensors dB, Tensors dbias);
+              OptionalTensor e, Tensors dA, Tensors dB, Tensors dbias, OptionalTensor bits);
 
 // x normalised, its S, and 1 / rms [T]. The backward writes dx and dgamma, if given, and every dA that is not empty.
 std::tuple<Tensor, Tensor, Tensor> rmsnorm_lora_shrink_fwd(Tensor x, Tensor gamma, double eps, double offset, bool round_first, Tensors A,

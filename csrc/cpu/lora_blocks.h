@@ -55,8 +55,26 @@ MTK_INLINE void rows_of(const LoraCall& call, const int32_t* positions, int64_t 
   }
 }
 
-MTK_INLINE KeepBits keep_bits(const LoraCall& call, const LoraTarget& t, const LoraAdapter& a, uint8_t* bits) {
-  return {{static_cast<uint32_t>(a.seed), static_cast<uint32_t>(a.seed >> 32), 0, t.site, call.step}, a.threshold, bits};
+MTK_INLINE DropoutKey dropout_key(const LoraCall& call, const LoraTarget& t, const LoraAdapter& a) {
+  return {static_cast<uint32_t>(a.seed), static_cast<uint32_t>(a.seed >> 32), 0, t.site, call.step};
+}
+
+MTK_INLINE int64_t bits_stride(const LoraCall& call) { return call.n_targets * call.bits_cols; }
+
+MTK_INLINE KeepBits keep_bits(const LoraCall& call, int64_t target, const LoraAdapter& a, const int32_t* positions, uint8_t* bits) {
+  const uint8_t* stored = call.stored_bits ? call.stored_bits + target * call.bits_cols : nullptr;
+  return {dropout_key(call, call.targets[target], a), a.threshold, bits, stored, bits_stride(call), positions};
+}
+
+// Columns [col, col + cols) of the bits that `keep` holds of m rows of one target, to where the call keeps them.
+static void fill_bits(const LoraCall& call, int64_t target, const KeepBits& keep, int64_t m, int64_t col, int64_t cols) {
+  const size_t bytes = static_cast<size_t>((cols + 7) / 8);
+  for (int64_t i = 0; i < m; ++i) {
+    uint8_t* to = call.filled_bits + keep.positions[i] * bits_stride(call) + target * call.bits_cols + col / 8;
+    if (keep.threshold) std::memcpy(to, keep.bits + i * KeepBits::kStride, bytes);
+    else std::memset(to, 0xff, bytes);
+    to[bytes - 1] &= last_byte(cols);
+  }
 }
 
 MTK_INLINE bool same_mask(const KeepBits& a, const KeepBits& b) {

@@ -133,6 +133,30 @@ void LoraPlan::set_dropout(const Tensors& threshold, const Tensors& seeds, const
   }
 }
 
+void LoraPlan::set_bits(const OptionalTensor& bits, bool stored) {
+  if (!bits) return;
+  call.bits_cols = (call.D + 7) / 8;
+  check_dense("bits", *bits, {n_positions, call.n_targets, call.bits_cols}, {ScalarType::Byte});
+  uint8_t* data = static_cast<uint8_t*>(bits->data_ptr());
+  if (stored) {
+    call.stored_bits = data;
+  } else {
+    call.filled_bits = data;
+    zero_unused_bits(data);
+  }
+}
+
+// Where no adapter is, or one of rank 0, whose mask no kernel draws.
+void LoraPlan::zero_unused_bits(uint8_t* bits) const {
+  const auto zero = [&](int32_t position, int64_t target, int64_t n) {
+    std::memset(bits + (position * call.n_targets + target) * call.bits_cols, 0, static_cast<size_t>(n * call.bits_cols));
+  };
+  for (int64_t j = n_owned; j < n_positions; ++j) zero(perm[j], 0, call.n_targets);
+  for (int64_t g = 0; g < call.n_targets; ++g)
+    for (int64_t i = 0; i < call.n_groups; ++i)
+      for (int64_t j = 0; adapters[index(g, i)].rank == 0 && j < groups[i].n; ++j) zero(groups[i].positions[j], g, 1);
+}
+
 void LoraPlan::set_dx(const OptionalTensor& dx, const Tensor& x) {
   if (!dx) return;
   STD_TORCH_CHECK(dx->scalar_type() == x.scalar_type(), "dx is ", describe(*dx), "; give it the dtype of x, ", dtype_name(x.scalar_type()));

@@ -25,6 +25,8 @@ class LoraPlan {
   void set_A(const Tensors& A, const Tensor& x);
   void set_B(const Tensors& B, const Tensors& bias, const Tensors& scale, const OptionalTensor& gates, const Tensors& ys);
   void set_dropout(const Tensors& threshold, const Tensors& seeds, const Tensor& step, const Ints& sites, bool dropout);
+  // Keep bits that the call fills, or reads in place of drawing the masks. After set_A.
+  void set_bits(const OptionalTensor& bits, bool stored);
   void set_dx(const OptionalTensor& dx, const Tensor& x);
   void set_dA(const Tensors& dA);
   void set_dB(const Tensors& dB, const Tensors& dbias);
@@ -52,6 +54,7 @@ class LoraPlan {
   void set_rank(const char* name, LoraAdapter& a, const Tensor& factor, int64_t dim, int64_t other, torch::headeronly::ScalarType dtype);
   void place_s();
   void set_grad_type(const Tensors& grads);
+  void zero_unused_bits(uint8_t* bits) const;
 
   bool has_ranks = false, has_grad_type = false;
 };

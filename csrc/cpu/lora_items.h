@@ -10,6 +10,10 @@
 #define MTK_X86_KERNELS 1
 #endif
 
+namespace mtk {
+struct DropoutKey;
+}
+
 namespace mtk::cpu {
 
 struct RowMatrix {
@@ -64,6 +68,10 @@ struct LoraCall {
   RowMatrix x, dx, s, ds;                                           // dx.data may be null
   const float* gates;                                               // [positions], or null
   uint32_t step;
+  // Keep bits [positions, n_targets, bits_cols]: the forward fills them, the backward reads them in place of drawing the mask; or null.
+  uint8_t* filled_bits;
+  const uint8_t* stored_bits;
+  int64_t bits_cols;
 };
 
 // Positions [row0, row1) of one adapter, counted from its first, against columns [col0, col1) of one target, or of all targets' x.
@@ -111,6 +119,8 @@ struct LoraKernels {
   LoraKernel reduce_A, reduce_B;
   int64_t (*base_scratch)();
   void (*base)(const BaseCall&, int64_t row0, int64_t row1, int64_t col0, int64_t col1, float* scratch);
+  // Keep bits of a row's n_cols columns, zeros to the end of the last byte.
+  void (*keep_row)(const DropoutKey&, uint32_t threshold, int64_t n_cols, uint8_t* bits);
 };
 
 extern const LoraKernels lora_generic;

@@ -33,12 +33,12 @@ static void shrink(const LoraCall& call, const LoraItem& item, float* scratch) {
       rows_of(call, positions + i, m, rows);
       XBlocks::start(&x);
       for (int64_t g = 0, w = 0; g < call.n_targets; ++g) {
-        const LoraTarget& t = call.targets[g];
-        const LoraAdapter& a = t.adapters[item.group];
+        const LoraAdapter& a = call.targets[g].adapters[item.group];
         const int64_t lanes = round_up(a.rank, kWidth);
         if (a.rank == 0) continue;
-        XBlocks::use_mask(&x, keep_bits(call, t, a, bits));
+        XBlocks::use_mask(&x, keep_bits(call, g, a, positions + i, bits));
         XBlocks::pack(&x, call, rows, m, col, cols, i);
+        if (call.filled_bits) fill_bits(call, g, x.keep, m, col, cols);
         for (int64_t c = 0; c < cols; c += kBlock)
           dot_block(x.blocks + c / kBlock * kBlockFloats, m, least(kBlock, cols - c), panels + w * kWide + c * lanes, a.rank,
                     acc + (i - item.row0) * width + w, width);
@@ -182,7 +182,7 @@ static void backward_x(const LoraCall& call, const LoraItem& item, float* scratc
         const LoraAdapter& a = t.adapters[item.group];
         const int64_t stride = rank_stride(a.rank);
         if (a.rank == 0) continue;
-        XBlocks::use_mask(&x, keep_bits(call, t, a, bits));
+        XBlocks::use_mask(&x, keep_bits(call, g, a, positions + i, bits));
         load_ds(call, t, a, positions + i, m, s, stride);
         if (a.dA.data) {
           XBlocks::pack(&x, call, rows, m, col, cols, i);
@@ -234,6 +234,16 @@ static void reduce_B(const LoraCall& call, const LoraItem& item, float* scratch)
   }
 }
 
-#define MTK_LORA_KERNELS(isa) {isa::d_stride, isa::lora_scratch, isa::shrink, isa::expand, isa::backward_y, isa::finish_d, isa::backward_x, isa::reduce_A, isa::reduce_B, isa::base_scratch, isa::base}
+static void keep_row(const DropoutKey& key, uint32_t threshold, int64_t n_cols, uint8_t* bits) {
+  for (int64_t col = 0; col < n_cols; col += 8 * kKeepBytes) {
+    uint8_t drawn[kKeepBytes] = {};
+    const int64_t cols = least(8 * kKeepBytes, n_cols - col), bytes = (cols + 7) / 8;
+    if (threshold <= 0xffff) dropout_keep(key, static_cast<uint32_t>(col / 8), threshold, drawn);
+    drawn[bytes - 1] &= last_byte(cols);
+    std::memcpy(bits + col / 8, drawn, static_cast<size_t>(bytes));
+  }
+}
+
+#define MTK_LORA_KERNELS(isa) {isa::d_stride, isa::lora_scratch, isa::shrink, isa::expand, isa::backward_y, isa::finish_d, isa::backward_x, isa::reduce_A, isa::reduce_B, isa::base_scratch, isa::base, isa::keep_row}
 
 }  // namespace mtk::cpu::MTK_ISA

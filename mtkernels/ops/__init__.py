@@ -3,6 +3,7 @@
 from .dora import dora_dropout, dora_linear, dora_norm, dora_rescale, dora_scale
 from .group_plan import group_plan
 from .lora import lora_delta, lora_delta_group, lora_fan_out, lora_linear, lora_linear_group
+from .lora_dropout_mask import lora_dropout_mask
 from .lora_embedding import lora_embedding
 from .lora_expand import lora_expand
 from .lora_shrink import lora_shrink
@@ -16,6 +17,7 @@ STEMS = {
     "lora": ("lora_linear", "lora_linear_group", "lora_delta", "lora_delta_group", "lora_fan_out"),
     "lora_shrink": ("lora_shrink",),
     "lora_expand": ("lora_expand",),
+    "lora_dropout_mask": ("lora_dropout_mask",),
     "lora_embedding": ("lora_embedding",),
     "dora": ("dora_linear", "dora_scale", "dora_norm", "dora_dropout", "dora_rescale"),
     "rmsnorm_lora_shrink": ("rmsnorm_lora_shrink",),

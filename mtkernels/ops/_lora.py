@@ -9,6 +9,9 @@ from ..plan import check_plan
 # Target by target: params of A and of B, bias of every adapter (or none at all), scale/threshold/seeds [n].
 BANK = "Tensor[] A, Tensor[] B, Tensor[] lora_bias, Tensor[] scale, Tensor[] threshold, Tensor[] seeds, int[] ranks, int[] layouts"
 PLAN = "Tensor ids, Tensor offsets, Tensor perm, Tensor tiles, Tensor step"
+# The argument `dropout` of the schemas is an index: no dropout, masks drawn again in backward, kept as bits, or one of the two.
+DROPOUT_MODES = ("", "replay", "bitmask", "auto")
+REPLAY, BITMASK, AUTO = 1, 2, 3
 # What a shrink alone reads of its banks.
 SHRINK = f"Tensor[] A, Tensor[] threshold, Tensor[] seeds, int[] ranks, int[] layouts, {PLAN}, int[] sites, bool dropout"
 
@@ -37,6 +40,39 @@ def shrink_args(op, banks, plan, sites, training):
     factors = [t for bank in banks for t in bank.params_A], [bank.threshold for bank in banks], [bank.seeds for bank in banks]
     layouts = [LAYOUTS.index(bank.layout) for bank in banks]
     return *factors, [r for bank in banks for r in bank.ranks], layouts, *plan_args(plan), list(sites), training
+
+
+def dropout_arg(op, banks, training, mode):
+    """The argument `dropout`: 0 without dropout; nothing is kept where there is no backward."""
+    if mode not in DROPOUT_MODES[1:]:
+        raise ValueError(f"{op}: dropout_mode is {mode!r}; give 'replay' to draw masks again in backward, 'bitmask' to keep them as bits, or 'auto'")
+    if not training or not any(bank.has_dropout for bank in banks):
+        return 0
+    return DROPOUT_MODES.index(mode) if torch.is_grad_enabled() else REPLAY
+
+
+def keeps_bits(dropout, x, factor, backend):
+    """Whether masks are kept as bits: if asked for, or, left open, if the kernels expect time from it on this device."""
+    if dropout != AUTO or x.device.type not in ("cpu", "cuda"):
+        return dropout == BITMASK
+    run = launchers("lora_shrink", x, factor, backend)
+    return hasattr(run, "prefers_bits") and run.prefers_bits(x.device)
+
+
+def fake_bits(perm, n_targets, n_cols):
+    return perm.new_empty(perm.shape[0], n_targets, -(-n_cols // 8), dtype=torch.uint8)
+
+
+def new_bits(dropout, x, factor, perm, n_targets, backend):
+    """Keep bits uint8 [P, targets, ceil(D / 8)] to be filled, or one dimension of nothing where masks are replayed."""
+    if keeps_bits(dropout, x, factor, backend):
+        return fake_bits(perm, n_targets, x.shape[1])
+    return perm.new_empty(0, dtype=torch.uint8)
+
+
+def kept(bits):
+    """Keep bits, or None where there are none."""
+    return bits if bits.dim() == 3 else None
 
 
 def _check_dtypes(op, banks):

@@ -6,7 +6,8 @@ Shapes     x [..., D] with T rows, weight [O, D], bias [O], A_i [R_i, D], B_i [O
            ids of the plan [T], or [T, K] for K adapters a row; gates as the ids
 Gradients  x, weight, bias, gates, the bank's scale and every A_i, B_i, beta_i (zeros for adapters without rows)
 Backends   reference, cpu, triton. No CUDA C++: the GEMMs want wgmma and TMA, which come through Triton
-Cost       saved: x, S [T, max R] per target; never a mask, a dropped copy of x, or W + BA
+Cost       saved: x, S [T, max R] per target; never a dropped copy of x, or W + BA; of a mask, with dropout_mode="bitmask" (which
+           "auto" takes on sm_100 alone), one bit for each element of x and target
            moved, in elements, beside factors and S: 2TD + TO + DO forward, 2TD + 2TO + DO backward where base and adapters
            share a kernel (docs/lora.md: when that is), else another 2TO and 2TD
 
@@ -27,7 +28,7 @@ from .group_plan import group_plan
 from .lora_expand import lora_expand
 from .lora_shrink import lora_shrink
 
-_ARGS = f"{_lora.BANK}, Tensor? gates, {_lora.PLAN}, int[] sites, bool dropout"
+_ARGS = f"{_lora.BANK}, Tensor? gates, {_lora.PLAN}, int[] sites, int dropout"
 _MAIN = "Tensor[] main_grad"
 
 
@@ -52,26 +53,30 @@ def _fuses_base(run, rows, A, inner, perm, n_adapters, batch_invariant):
 def _linear_kernel(x, weight, bias, A, B, lora_bias, scale, threshold, seeds, ranks, layouts, gates, *rest):
     ids, *groups, sites, dropout, batch_invariant, main_grad, backend = rest
     run, bias = _launchers(x, A, backend), [b if b.numel() else None for b in bias] or [None] * len(weight)
-    lora = _lora.factors_A(A, ranks, layouts), _lora.factors_B(B, ranks, layouts), lora_bias, scale, threshold, seeds, gates, *groups, sites, dropout
+    bits = _lora.new_bits(dropout, x, A[0], groups[1], len(weight), backend)
+    views = _lora.factors_A(A, ranks, layouts), _lora.factors_B(B, ranks, layouts)
+    lora = *views, lora_bias, scale, threshold, seeds, gates, *groups, sites, bool(dropout)
     if _fuses_base(run, x, A, x.shape[1], groups[1], len(ranks) // len(weight), batch_invariant):
-        return run.lora_linear_fwd(x, weight, bias, *lora)
+        return *run.lora_linear_fwd(x, weight, bias, *lora, _lora.kept(bits)), bits
     linear, weight = (run.lora_base_linear, _dense_rows(weight)) if _own_base(run, x, batch_invariant) else (F.linear, weight)
     ys = [linear(x, w, b) for w, b in zip(weight, bias)]
-    return ys, run.lora_fwd(x, *lora, ys)
+    return ys, run.lora_fwd(x, *lora, ys, _lora.kept(bits)), bits
 
 
 def _delta_kernel(x, out, A, B, lora_bias, scale, threshold, seeds, ranks, layouts, gates, *rest):
     ids, *groups, sites, dropout, main_grad, backend = rest
     views = _lora.factors_A(A, ranks, layouts), _lora.factors_B(B, ranks, layouts)
     ys = [y.clone(memory_format=torch.contiguous_format) for y in out] or [x.new_zeros(len(x), n) for n in _widths(B, ranks, layouts)]
-    return ys, _launchers(x, A, backend).lora_fwd(x, *views, lora_bias, scale, threshold, seeds, gates, *groups, sites, dropout, ys)
+    bits = _lora.new_bits(dropout, x, A[0], groups[1], len(layouts), backend)
+    lora = *views, lora_bias, scale, threshold, seeds, gates, *groups, sites, bool(dropout)
+    return ys, _launchers(x, A, backend).lora_fwd(x, *lora, ys, _lora.kept(bits)), bits
 
 
 def _widths(B, ranks, layouts):
     return [b.shape[0] for b in _lora.factors_B(B, ranks, layouts)[:: len(ranks) // len(layouts)]]
 
 
-def _bwd_kernel(dys, x, weight, s, A, B, lora_bias, scale, threshold, seeds, ranks, layouts, gates, *rest):
+def _bwd_kernel(dys, x, weight, s, bits, A, B, lora_bias, scale, threshold, seeds, ranks, layouts, gates, *rest):
     ids, *groups, sites, dropout, need_dx, need, need_gates, need_scale, fp32_grads, batch_invariant, backend = rest
     run, nA, nB = _launchers(x, A, backend), len(A), len(B)
     dtype = torch.float32 if fp32_grads else A[0].dtype
@@ -79,13 +84,14 @@ def _bwd_kernel(dys, x, weight, s, A, B, lora_bias, scale, threshold, seeds, ran
     grads_B, dB = _lora.new_grads(B, views_B, need[nA : nA + nB], ranks, layouts, dtype)
     dbias = _lora.new_bias_grads(lora_bias, need[nA + nB :], dtype)
     e = _lora.new_e(dys[0], scale, groups[1], need_gates or need_scale)
-    lora = _lora.factors_A(A, ranks, layouts), _lora.factors_B(B, ranks, layouts), lora_bias, scale, threshold, seeds, gates, *groups, sites, dropout
+    views = _lora.factors_A(A, ranks, layouts), _lora.factors_B(B, ranks, layouts)
+    lora = *views, lora_bias, scale, threshold, seeds, gates, *groups, sites, bool(dropout)
     widest = max([w.shape[0] for w in weight], default=0)
     if need_dx and weight and _fuses_base(run, dys[0], A, widest, groups[1], len(ranks) // len(weight), batch_invariant):
-        dx = run.lora_linear_bwd(dys, weight, x, s, *lora, e, dA, dB, dbias)
+        dx = run.lora_linear_bwd(dys, weight, x, s, *lora, e, dA, dB, dbias, bits)
     else:
         dx = _base_dx(run, dys, weight, x, batch_invariant) if need_dx else None
-        run.lora_bwd(dys, x, s, *lora, dx, e, dA, dB, dbias)
+        run.lora_bwd(dys, x, s, *lora, dx, e, dA, dB, dbias, bits)
     small = _lora.gate_and_scale_grads(e, scale, gates, ids, *groups[:3], need_gates, need_scale, backend)
     return x.new_empty(0) if dx is None else dx, *small, [*grads_A, *grads_B, *dbias]
 
@@ -105,19 +111,20 @@ def _dense_rows(weight):
     return [w if w.stride(1) == 1 else w.contiguous() for w in weight]
 
 
-def _s_fake(x, A, ranks, perm, n_targets):
-    return x.new_empty(perm.shape[0], _lora.s_width(ranks, n_targets), dtype=_lora.s_dtype(x, A))
+def _kept_fake(x, A, ranks, layouts, perm, dropout, backend):
+    s = x.new_empty(perm.shape[0], _lora.s_width(ranks, len(layouts)), dtype=_lora.s_dtype(x, A))
+    return s, _lora.new_bits(dropout, x, A[0], perm, len(layouts), backend)
 
 
-def _linear_fake(x, weight, bias, A, B, lora_bias, scale, threshold, seeds, ranks, layouts, gates, ids, offsets, perm, *_):
-    return [x.new_empty(x.shape[0], w.shape[0]) for w in weight], _s_fake(x, A, ranks, perm, len(weight))
+def _linear_fake(x, weight, bias, A, B, lora_bias, scale, threshold, seeds, ranks, layouts, gates, ids, offsets, perm, tiles, step, sites, dropout, *rest):
+    return [x.new_empty(x.shape[0], w.shape[0]) for w in weight], *_kept_fake(x, A, ranks, layouts, perm, dropout, rest[-1])
 
 
-def _delta_fake(x, out, A, B, lora_bias, scale, threshold, seeds, ranks, layouts, gates, ids, offsets, perm, *_):
-    return [x.new_empty(x.shape[0], n) for n in _widths(B, ranks, layouts)], _s_fake(x, A, ranks, perm, len(layouts))
+def _delta_fake(x, out, A, B, lora_bias, scale, threshold, seeds, ranks, layouts, gates, ids, offsets, perm, tiles, step, sites, dropout, *rest):
+    return [x.new_empty(x.shape[0], n) for n in _widths(B, ranks, layouts)], *_kept_fake(x, A, ranks, layouts, perm, dropout, rest[-1])
 
 
-def _bwd_fake(dys, x, weight, s, A, B, lora_bias, scale, threshold, seeds, ranks, layouts, gates, ids, *rest):
+def _bwd_fake(dys, x, weight, s, bits, A, B, lora_bias, scale, threshold, seeds, ranks, layouts, gates, ids, *rest):
     need_dx, need, need_gates, need_scale, fp32_grads, _, _ = rest[-7:]
     dscale = [t.new_empty(t.shape if need_scale else 0) for t in scale]
     dtype = torch.float32 if fp32_grads else A[0].dtype
@@ -129,26 +136,26 @@ class _Lora(torch.autograd.Function):
     """The LoRA part shared by both ops. Their arguments: x, a head (weight and bias, or out), the LoRA arguments from A on."""
 
     @staticmethod
-    def save(ctx, spec, x, weight, s, needs, rest):
+    def save(ctx, spec, x, weight, s, bits, needs, rest):
         """needs: which of `rest`, the arguments from A on, want a gradient; x is kept for dA, and for dW by its own need."""
         *rest, ctx.main_grad, backend = rest
         *rest, batch_invariant = rest
         ctx.spec, ctx.options, ctx.width = spec, (bool(ctx.main_grad), batch_invariant, backend), x.shape[1]
         keeps_x = any(needs[0]) or any(weight and unpack(spec, ctx.needs_input_grad[1:])[1])
-        save(ctx, x if keeps_x else None, weight, s, *rest)
-        ctx.mark_non_differentiable(s)
+        save(ctx, x if keeps_x else None, weight, s, _lora.kept(bits), *rest)
+        ctx.mark_non_differentiable(s, bits)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def grads(ctx, dys, saved, need_x, needs):
         """(dx, gradients from A on up to the gates), flat."""
-        x, weight, s, *rest = saved
+        x, weight, s, bits, *rest = saved
         need_A, need_B, need_bias, need_scale, _, _, _, _, need_gates, *_ = needs
         need = [*need_A, *need_B, *(need_bias or [])]
         if x is None:  # only its shape is read
             x = dys[0].new_empty(1, ctx.width).expand(dys[0].shape[0], -1)
         small = need_gates, any(need_scale)
-        dx, dgates, dscale, grads = _bwd_op(dys, x, weight, s, *rest, need_x, need, *small, *ctx.options)
+        dx, dgates, dscale, grads = _bwd_op(dys, x, weight, s, bits, *rest, need_x, need, *small, *ctx.options)
         if ctx.main_grad:
             grads = accumulate(ctx.main_grad, grads, need)
         grads = [g if wanted else None for g, wanted in zip(grads, need)]
@@ -168,10 +175,10 @@ class _LoraLinear(_Lora):
     def forward(ctx, spec, *flat):
         args = unpack(spec, flat)
         with below_autograd():
-            ys, s = _linear_op(*args)
+            ys, s, bits = _linear_op(*args)
         needs = unpack(spec, ctx.needs_input_grad[1:])
-        _Lora.save(ctx, spec, args[0], args[1], s, needs[3:], args[3:])
-        return *ys, s
+        _Lora.save(ctx, spec, args[0], args[1], s, bits, needs[3:], args[3:])
+        return *ys, s, bits
 
     @staticmethod
     def backward(ctx, *dys):
@@ -191,12 +198,12 @@ class _LoraDelta(_Lora):
     def forward(ctx, spec, *flat):
         args = unpack(spec, flat)
         with below_autograd():
-            ys, s = _delta_op(*args)
+            ys, s, bits = _delta_op(*args)
         needs = unpack(spec, ctx.needs_input_grad[1:])
         *rest, main_grad, backend = args[2:]
-        _Lora.save(ctx, spec, args[0], [], s, needs[2:], [*rest, False, main_grad, backend])
+        _Lora.save(ctx, spec, args[0], [], s, bits, needs[2:], [*rest, False, main_grad, backend])
         ctx.widths = [y.shape[1] for y in ys]
-        return *ys, s
+        return *ys, s, bits
 
     @staticmethod
     def backward(ctx, *dys):
@@ -225,20 +232,20 @@ def accumulate(main_grad, grads, need):
 
 def _linear_autograd(*args):
     flat, spec = pack(args)
-    *ys, s = _LoraLinear.apply(spec, *flat)
-    return ys, s
+    *ys, s, bits = _LoraLinear.apply(spec, *flat)
+    return ys, s, bits
 
 
 def _delta_autograd(*args):
     flat, spec = pack(args)
-    *ys, s = _LoraDelta.apply(spec, *flat)
-    return ys, s
+    *ys, s, bits = _LoraDelta.apply(spec, *flat)
+    return ys, s, bits
 
 
 _LISTS = ("x", "A", "B", "lora_bias")
 _linear_op = register(
     "lora",
-    f"lora_linear(Tensor x, Tensor[] weight, Tensor[] bias, {_ARGS}, bool batch_invariant, {_MAIN}, str backend) -> (Tensor[] y, Tensor s)",
+    f"lora_linear(Tensor x, Tensor[] weight, Tensor[] bias, {_ARGS}, bool batch_invariant, {_MAIN}, str backend) -> (Tensor[] y, Tensor s, Tensor bits)",
     kernel=_linear_kernel,
     fake=_linear_fake,
     autograd=_linear_autograd,
@@ -246,7 +253,7 @@ _linear_op = register(
 )
 _delta_op = register(
     "lora",
-    f"lora_delta(Tensor x, Tensor[] out, {_ARGS}, {_MAIN}, str backend) -> (Tensor[] y, Tensor s)",
+    f"lora_delta(Tensor x, Tensor[] out, {_ARGS}, {_MAIN}, str backend) -> (Tensor[] y, Tensor s, Tensor bits)",
     kernel=_delta_kernel,
     fake=_delta_fake,
     autograd=_delta_autograd,
@@ -254,14 +261,14 @@ _delta_op = register(
 )
 _bwd_op = register(
     "lora",
-    f"lora_bwd(Tensor[] dys, Tensor x, Tensor[] weight, Tensor s, {_ARGS}, bool need_dx, bool[] need, bool need_gates, bool need_scale,"
+    f"lora_bwd(Tensor[] dys, Tensor x, Tensor[] weight, Tensor s, Tensor? bits, {_ARGS}, bool need_dx, bool[] need, bool need_gates, bool need_scale,"
     " bool fp32_grads, bool batch_invariant, str backend) -> (Tensor dx, Tensor dgates, Tensor[] dscale, Tensor[] grads)",
     kernel=_bwd_kernel,
     fake=_bwd_fake,
 )
 
 
-def lora_linear(x, weight, bias, bank, plan, *, training=True, site=0, gates=None, mid=None, batch_invariant=False, backend=None):
+def lora_linear(x, weight, bias, bank, plan, *, training=True, site=0, gates=None, mid=None, batch_invariant=False, dropout_mode="auto", backend=None):
     """y [..., O] = x W^T + bias, plus each row's own adapters.
 
     x: [..., D] with T rows in all, float32/bfloat16/float16 (float64 on the reference). weight [O, D], bias [O] or None:
@@ -272,17 +279,19 @@ def lora_linear(x, weight, bias, bank, plan, *, training=True, site=0, gates=Non
     gates: float of the plan's shape, multiplies each adapter's part of each row; differentiable; None = 1.
     mid: a map in rank space (mtkernels.mid), between A and B: MTL-LoRA, HydraLoRA, bottleneck adapters and so on.
     batch_invariant: take our fixed-order kernel for the base too, so that a row's bits do not depend on the others.
+    dropout_mode: "replay" draws the masks again in backward, "bitmask" keeps them, a bit for each element of x; "auto" takes
+        what should be faster on this device (docs/lora.md). The same masks, and the same bits in every result.
     Raises TypeError/ValueError naming what does not fit.
     """
     if mid is not None:
         _refuse_beside_mid("lora_linear", gates=gates, batch_invariant=batch_invariant or None)
         base = F.linear(x, weight, bias)
-        return _through(mid, x, bank, plan, base, training=training, site=site, backend=backend)
-    options = dict(training=training, sites=(site,), gates=gates, batch_invariant=batch_invariant, backend=backend)
+        return _through(mid, x, bank, plan, base, training=training, site=site, dropout_mode=dropout_mode, backend=backend)
+    options = dict(training=training, sites=(site,), gates=gates, batch_invariant=batch_invariant, dropout_mode=dropout_mode, backend=backend)
     return _linear("lora_linear", x, [weight], [bias], [bank], plan, **options)[0]
 
 
-def lora_linear_group(x, weights, biases, banks, plan, *, training=True, sites=None, gates=None, batch_invariant=False, backend=None):
+def lora_linear_group(x, weights, biases, banks, plan, *, training=True, sites=None, gates=None, batch_invariant=False, dropout_mode="auto", backend=None):
     """A tuple of y_g [..., O_g] as lora_linear would give them one by one, with one read of x: QKV, or gate and up.
 
     weights, biases, banks: one per target, over the same adapters; widths O_g and ranks may differ, biases may be None.
@@ -294,11 +303,11 @@ def lora_linear_group(x, weights, biases, banks, plan, *, training=True, sites=N
     if not weights or not len(weights) == len(biases) == len(banks) == len(sites):
         got = f"{len(weights)} weights, {len(biases)} biases, {len(banks)} banks and {len(sites)} sites"
         raise ValueError(f"lora_linear_group: got {got}; give one of each per target, at least one")
-    options = dict(training=training, sites=sites, gates=gates, batch_invariant=batch_invariant, backend=backend)
+    options = dict(training=training, sites=sites, gates=gates, batch_invariant=batch_invariant, dropout_mode=dropout_mode, backend=backend)
     return _linear("lora_linear_group", x, weights, biases, banks, plan, **options)
 
 
-def _linear(op, x, weights, biases, banks, plan, *, training, sites, gates, batch_invariant, backend):
+def _linear(op, x, weights, biases, banks, plan, *, training, sites, gates, batch_invariant, dropout_mode, backend):
     for g, (weight, bias, bank) in enumerate(zip(weights, biases, banks)):
         rows = _lora.rows_of(op, x, bank, plan)
         which = f"[{g}]" if len(banks) > 1 else ""
@@ -310,33 +319,36 @@ def _linear(op, x, weights, biases, banks, plan, *, training, sites, gates, batc
             _lora.check_like(op, name, t, x)
     bias = [x.new_empty(0) if b is None else b for b in biases] if any(b is not None for b in biases) else []
     gates, groups = _lora.flat_gates(op, gates, plan, banks[0].scale), _lora.plan_args(plan)
-    ys, _ = _linear_op(rows, weights, bias, *_lora.bank_args(op, banks), gates, *groups, list(sites), training, batch_invariant, _lora.main_grads(banks), _backends.requested(backend))
+    options = list(sites), _lora.dropout_arg(op, banks, training, dropout_mode), batch_invariant, _lora.main_grads(banks), _backends.requested(backend)
+    ys, *_ = _linear_op(rows, weights, bias, *_lora.bank_args(op, banks), gates, *groups, *options)
     return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
 
-def lora_delta(x, bank, plan, out=None, *, training=True, site=0, gates=None, mid=None, backend=None):
+def lora_delta(x, bank, plan, out=None, *, training=True, site=0, gates=None, mid=None, dropout_mode="auto", backend=None):
     """The LoRA part alone, or out + it: for a base that is quantised, sharded or computed elsewhere.
 
     x: [..., D] with T rows; out: [..., O] or None, never written; the rest as in lora_linear. Returns [..., O].
     """
     if mid is not None:
         _refuse_beside_mid("lora_delta", gates=gates)
-        return _through(mid, x, bank, plan, out, training=training, site=site, backend=backend)
+        return _through(mid, x, bank, plan, out, training=training, site=site, dropout_mode=dropout_mode, backend=backend)
     outs = None if out is None else [out]
-    return _delta("lora_delta", x, [bank], plan, outs, training=training, sites=(site,), gates=gates, backend=backend)[0]
+    options = dict(training=training, sites=(site,), gates=gates, dropout_mode=dropout_mode, backend=backend)
+    return _delta("lora_delta", x, [bank], plan, outs, **options)[0]
 
 
-def lora_delta_group(x, banks, plan, outs=None, *, training=True, sites=None, gates=None, backend=None):
+def lora_delta_group(x, banks, plan, outs=None, *, training=True, sites=None, gates=None, dropout_mode="auto", backend=None):
     """A tuple of lora_delta's results for several targets, with one read of x; outs: one per target, or None."""
     banks = list(banks)
     sites = range(len(banks)) if sites is None else sites
     if not banks or len(sites) != len(banks) or outs is not None and len(outs) != len(banks):
         got = f"{len(banks)} banks, {len(sites)} sites and {'no' if outs is None else len(outs)} outs"
         raise ValueError(f"lora_delta_group: got {got}; give one of each per target, at least one")
-    return _delta("lora_delta_group", x, banks, plan, outs, training=training, sites=sites, gates=gates, backend=backend)
+    options = dict(training=training, sites=sites, gates=gates, dropout_mode=dropout_mode, backend=backend)
+    return _delta("lora_delta_group", x, banks, plan, outs, **options)
 
 
-def lora_fan_out(x, weight, bias, bank, *, plan=None, training=True, site=0, backend=None):
+def lora_fan_out(x, weight, bias, bank, *, plan=None, training=True, site=0, dropout_mode="auto", backend=None):
     """One output per adapter (MTLoRA's task outputs): a tuple of x W^T + bias + s_i B_i A_i x, [..., O] each.
 
     plan: a GroupPlan over one group that says which rows take part (id 0; -1 = base only); None = all.
@@ -345,11 +357,12 @@ def lora_fan_out(x, weight, bias, bank, *, plan=None, training=True, site=0, bac
     rows = x.numel() // x.shape[-1] if x.shape[-1:].numel() else 0
     plan = group_plan(torch.zeros(rows, dtype=torch.int32, device=x.device), 1, backend=backend) if plan is None else plan
     base, sites = F.linear(x, weight, bias), range(site, site + len(bank))
-    return _delta("lora_fan_out", x, bank.split(), plan, [base] * len(bank), training=training, sites=sites, gates=None, backend=backend)
+    options = dict(training=training, sites=sites, gates=None, dropout_mode=dropout_mode, backend=backend)
+    return _delta("lora_fan_out", x, bank.split(), plan, [base] * len(bank), **options)
 
 
-def _through(mid, x, bank, plan, out, *, training, site, backend):
-    s = lora_shrink(x, bank, plan, training=training, site=site, backend=backend)
+def _through(mid, x, bank, plan, out, *, training, site, dropout_mode, backend):
+    s = lora_shrink(x, bank, plan, training=training, site=site, dropout_mode=dropout_mode, backend=backend)
     u, bank, plan, gates = mid(s, bank, plan)
     y = lora_expand(u, bank, plan, out, gates=gates, backend=backend)
     return y if out is not None else y.view(*x.shape[:-1], y.shape[-1]).to(x.dtype)
@@ -361,7 +374,7 @@ def _refuse_beside_mid(op, **options):
             raise ValueError(f"{op}: {name}= does not go with mid=; a mid returns its own gates, and its base is torch's linear")
 
 
-def _delta(op, x, banks, plan, outs, *, training, sites, gates, backend):
+def _delta(op, x, banks, plan, outs, *, training, sites, gates, dropout_mode, backend):
     rows = [_lora.rows_of(op, x, bank, plan) for bank in banks][0]
     shapes = [(*x.shape[:-1], bank.out_features) for bank in banks]
     for out, shape in zip(outs or (), shapes):
@@ -370,6 +383,6 @@ def _delta(op, x, banks, plan, outs, *, training, sites, gates, backend):
         _lora.check_like(op, "out", out, x)
     outs = [out.reshape(-1, out.shape[-1]) for out in outs or ()]
     gates, groups = _lora.flat_gates(op, gates, plan, banks[0].scale), _lora.plan_args(plan)
-    factors = _lora.bank_args(op, banks)
-    ys, _ = _delta_op(rows, outs, *factors, gates, *groups, list(sites), training, _lora.main_grads(banks), _backends.requested(backend))
+    options = list(sites), _lora.dropout_arg(op, banks, training, dropout_mode), _lora.main_grads(banks), _backends.requested(backend)
+    ys, *_ = _delta_op(rows, outs, *_lora.bank_args(op, banks), gates, *groups, *options)
     return tuple(y.view(shape) for y, shape in zip(ys, shapes))

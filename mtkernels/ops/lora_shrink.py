@@ -4,7 +4,7 @@ Formula    s[p] = (M o x[row of p]) A_i^T for position p of adapter i, zeros rig
 Shapes     x [..., D] with T rows, ids of the plan [T] or [T, K] -> s [T, R] or [T, K, R], R the largest rank
 Gradients  x and every A_i (zeros for adapters without rows)
 Backends   reference, cpu, triton. No CUDA C++: the GEMMs want wgmma and TMA, which come through Triton
-Cost       reads x once; saved: x
+Cost       reads x once; saved: x, and with dropout_mode="bitmask" one bit for each of its elements
 
     s = lora_shrink(x, bank, plan)
     y = lora_expand(torch.relu(s), bank, plan, out=base)        # any map between the two is plain torch on [T, R]
@@ -17,27 +17,30 @@ from .._op import below_autograd, load, pack, register, save, unpack
 from ..bank import LAYOUTS, views_A
 from . import _lora
 
-_ARGS = f"Tensor[] A, Tensor threshold, Tensor seeds, int[] ranks, int[] layouts, {_lora.PLAN}, int site, bool dropout"
+_ARGS = f"Tensor[] A, Tensor threshold, Tensor seeds, int[] ranks, int[] layouts, {_lora.PLAN}, int site, int dropout"
 
 
 def _kernel(x, A, threshold, seeds, ranks, layouts, ids, offsets, perm, tiles, step, site, dropout, backend):
-    run = _lora.launchers("lora_shrink", x, A[0], backend)
-    return run.lora_shrink_fwd(x, _lora.factors_A(A, ranks, layouts), [threshold], [seeds], offsets, perm, tiles, step, [site], dropout)
+    run, bits = _lora.launchers("lora_shrink", x, A[0], backend), _lora.new_bits(dropout, x, A[0], perm, 1, backend)
+    mask = [threshold], [seeds], offsets, perm, tiles, step, [site], bool(dropout)
+    return run.lora_shrink_fwd(x, _lora.factors_A(A, ranks, layouts), *mask, _lora.kept(bits)), bits
 
 
-def _bwd_kernel(ds, x, A, threshold, seeds, ranks, layouts, ids, offsets, perm, tiles, step, site, dropout, need_dx, need, backend):
+def _bwd_kernel(ds, x, bits, A, threshold, seeds, ranks, layouts, ids, offsets, perm, tiles, step, site, dropout, need_dx, need, backend):
     run = _lora.launchers("lora_shrink", x, A[0], backend)
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if need_dx else None
     grads, dA = _lora.new_grads(A, views_A, need, ranks, layouts, A[0].dtype)
-    run.lora_shrink_bwd(ds, x, _lora.factors_A(A, ranks, layouts), [threshold], [seeds], offsets, perm, tiles, step, [site], dropout, dx, dA)
+    mask = [threshold], [seeds], offsets, perm, tiles, step, [site], bool(dropout)
+    run.lora_shrink_bwd(ds, x, _lora.factors_A(A, ranks, layouts), *mask, dx, dA, bits)
     return x.new_empty(0) if dx is None else dx, grads
 
 
-def _fake(x, A, threshold, seeds, ranks, layouts, ids, offsets, perm, *_):
-    return x.new_empty(perm.shape[0], max(ranks), dtype=_lora.s_dtype(x, A))
+def _fake(x, A, threshold, seeds, ranks, layouts, ids, offsets, perm, tiles, step, site, dropout, backend):
+    bits = _lora.new_bits(dropout, x, A[0], perm, 1, backend)
+    return x.new_empty(perm.shape[0], max(ranks), dtype=_lora.s_dtype(x, A)), bits
 
 
-def _bwd_fake(ds, x, A, threshold, seeds, ranks, layouts, *rest):
+def _bwd_fake(ds, x, bits, A, threshold, seeds, ranks, layouts, *rest):
     need_dx, need = rest[-3:-1]
     dx = x.new_empty(x.shape) if need_dx else x.new_empty(0)
     return dx, [a.new_empty(a.shape if wanted else 0) for a, wanted in zip(A, need)]
@@ -48,13 +51,14 @@ class _LoraShrink(torch.autograd.Function):
     def forward(ctx, spec, *flat):
         args = unpack(spec, flat)
         with below_autograd():
-            s = _op(*args)
+            s, bits = _op(*args)
         ctx.spec = spec
-        save(ctx, *args)
-        return s
+        save(ctx, args[0], _lora.kept(bits), *args[1:])
+        ctx.mark_non_differentiable(bits)
+        return s, bits
 
     @staticmethod
-    def backward(ctx, ds):
+    def backward(ctx, ds, _):
         *args, backend = load(ctx)
         need_x, need_A, *_ = unpack(ctx.spec, ctx.needs_input_grad[1:])
         dx, grads = _bwd_op(ds.contiguous(), *args, need_x, need_A, backend)
@@ -69,7 +73,7 @@ def _apply(*args):
 
 _op = register(
     "lora_shrink",
-    f"lora_shrink(Tensor x, {_ARGS}, str backend) -> Tensor",
+    f"lora_shrink(Tensor x, {_ARGS}, str backend) -> (Tensor s, Tensor bits)",
     kernel=_kernel,
     fake=_fake,
     autograd=_apply,
@@ -77,21 +81,22 @@ _op = register(
 )
 _bwd_op = register(
     "lora_shrink",
-    f"lora_shrink_bwd(Tensor ds, Tensor x, {_ARGS}, bool need_dx, bool[] need, str backend) -> (Tensor dx, Tensor[] grads)",
+    f"lora_shrink_bwd(Tensor ds, Tensor x, Tensor? bits, {_ARGS}, bool need_dx, bool[] need, str backend) -> (Tensor dx, Tensor[] grads)",
     kernel=_bwd_kernel,
     fake=_bwd_fake,
 )
 
 
-def lora_shrink(x, bank, plan, *, training=True, site=0, backend=None):
+def lora_shrink(x, bank, plan, *, training=True, site=0, dropout_mode="auto", backend=None):
     """s [T, R], or [T, K, R] for a plan of ids [T, K]: each row in the rank space of its adapter.
 
     x: [..., D] with T rows, float32/bfloat16/float16 (float64 on the reference). bank: LoraBank from D (its B, scale
     and bias are not read); R is its largest rank. plan: GroupPlan over len(bank) adapters, -1 = zeros.
-    training, site: dropout of the bank, as in lora_linear. The result has the wider dtype of x and the factors.
+    training, site, dropout_mode: dropout of the bank, as in lora_linear. The result has the wider dtype of x and the factors.
     Raises TypeError/ValueError naming what does not fit.
     """
     rows = _lora.rows_of("lora_shrink", x, bank, plan)
     factors = bank.params_A, bank.threshold, bank.seeds, bank.ranks, [LAYOUTS.index(bank.layout)]
-    s = _op(rows, *factors, *_lora.plan_args(plan), site, training, _backends.requested(backend))
+    dropout = _lora.dropout_arg("lora_shrink", [bank], training, dropout_mode)
+    s, _ = _op(rows, *factors, *_lora.plan_args(plan), site, dropout, _backends.requested(backend))
     return s.view(*plan.shape, s.shape[1])

@@ -4,26 +4,34 @@
 
 Position p = t K + k belongs to row t; S [P, sum of widths] holds the targets side by side, each as wide as its widest A.
 A lists the factors target by target. Gradients go into the tensors given; an empty one is a gradient nobody wants.
+bits: uint8 [P, targets, ceil(D / 8)] that the forward fills with the keep bits of lora_dropout_mask (zeros also for an adapter
+of rank 0) and the backward reads in place of Philox; None = the mask is drawn again.
 """
 
 import torch
 
-from .philox import keep_mask
+from .philox import keep_mask, pack_bits, unpack_bits
 
 
-def lora_shrink_fwd(x, A, threshold, seeds, offsets, perm, tiles, step, sites, dropout):
+def lora_shrink_fwd(x, A, threshold, seeds, offsets, perm, tiles, step, sites, dropout, bits=None):
     s = x.new_zeros(len(perm), sum(widths(A, len(sites), 0)), dtype=compute_dtype(x, A))
+    if bits is not None:
+        bits.zero_()
     for g, i, places, rows, columns, factor in pieces(A, 0, len(sites), offsets, perm, len(x)):
-        m = _multiplier(len(rows), x, i, threshold[g], seeds[g], step, sites[g], dropout)
+        draw = _draw(len(rows), x, i, threshold[g], seeds[g], step, sites[g])
+        if bits is not None and len(factor):
+            bits[places, g] = pack_bits(draw())
+        m = _multiplier(x, threshold[g][i], dropout, draw)
         s[places, columns] = (wide(x)[rows] * m @ wide(factor).T).to(s.dtype)
     return s
 
 
-def lora_shrink_bwd(ds, x, A, threshold, seeds, offsets, perm, tiles, step, sites, dropout, dx, dA):
+def lora_shrink_bwd(ds, x, A, threshold, seeds, offsets, perm, tiles, step, sites, dropout, dx, dA, bits=None):
     total = None if dx is None else wide(dx).clone()
     zero(dA)
     for g, i, places, rows, columns, factor in pieces(A, 0, len(sites), offsets, perm, len(x)):
-        m = _multiplier(len(rows), x, i, threshold[g], seeds[g], step, sites[g], dropout)
+        draw = _draw(len(rows), x, i, threshold[g], seeds[g], step, sites[g])
+        m = _multiplier(x, threshold[g][i], dropout, draw if bits is None else lambda: unpack_bits(bits[places, g], x.shape[1]))
         grad = dA[g * (len(offsets) - 1) + i]
         if grad.numel():
             grad.copy_(wide(ds)[places, columns].T @ (wide(x)[rows] * m))
@@ -64,10 +72,14 @@ def pieces(factors, rank_dim, n_targets, offsets, perm, n_rows):
         begin += width
 
 
-def _multiplier(n, x, i, threshold, seeds, step, site, dropout):
-    """M: keep mask times 65536 / (65536 - threshold), exactly matching the quantised probability; uid = ordinal in the adapter."""
-    t = int(threshold[i])
+def _draw(n, x, i, threshold, seeds, step, site):
+    """The keep mask of an adapter's n rows, to be called; uid = ordinal in the adapter."""
+    return lambda: keep_mask(n, x.shape[1], int(threshold[i]), int(seeds[i]), step, site, x.device)
+
+
+def _multiplier(x, threshold, dropout, keep):
+    """M: keep mask times 65536 / (65536 - threshold), exactly matching the quantised probability."""
+    t = int(threshold)
     if not dropout or t == 0:
         return 1.0
-    keep = keep_mask(n, x.shape[1], t, int(seeds[i]), step, site, x.device)
-    return keep.to(wide(x).dtype) * (65536 / (65536 - t) if t < 65536 else 0.0)
+    return keep().to(wide(x).dtype) * (65536 / (65536 - t) if t < 65536 else 0.0)

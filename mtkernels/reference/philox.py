@@ -33,3 +33,15 @@ def keep_mask(n_rows, n_cols, threshold, seed, step, site, device):
     words = philox4x32((block, row, torch.full_like(block, site & _MASK), (step & _MASK).expand_as(block)), (seed & _MASK, (seed >> 32) & _MASK))
     lanes = torch.stack([half for w in words for half in (w & 0xFFFF, w >> 16)], dim=-1)
     return lanes.reshape(n_rows, n_blocks * 8)[:, :n_cols] >= threshold
+
+
+def pack_bits(keep):
+    """uint8 [rows, ceil(columns / 8)]: bit l of byte b is column 8 b + l; zeros right of the last."""
+    octets = torch.nn.functional.pad(keep.to(torch.uint8), (0, -keep.shape[1] % 8)).unflatten(1, (-(-keep.shape[1] // 8), 8))
+    return (octets << torch.arange(8, dtype=torch.uint8, device=keep.device)).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(bits, n_cols):
+    """What pack_bits packed: bool [rows, n_cols]."""
+    octets = bits[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=bits.device) & 1
+    return octets.flatten(1)[:, :n_cols].bool()

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from ..bank import LoraBank
-from ..ops import group_plan, lora_delta, lora_expand, lora_linear, lora_linear_group, lora_shrink
-from ..reference.philox import keep_mask
+from ..ops import group_plan, lora_delta, lora_dropout_mask, lora_expand, lora_linear, lora_linear_group, lora_shrink
+from ..reference.philox import keep_mask, unpack_bits
 from .problem import Maker, Problem, wide
 
 RANKS = (3, 0, 16, 1, 7, 130)
@@ -77,10 +77,10 @@ class Setup:
         return Problem(self.make.ids, len(RANKS), self.leaves, fn, plain, upstream, by_row=by_row, by_group=by_group)
 
 
-def _linear(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtype=None, n_in=72, n_out=40, batch_invariant=False):
+def _linear(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtype=None, n_in=72, n_out=40, batch_invariant=False, mode="auto"):
     on = Setup(ids, dtype, device, backend, exact, factor_dtype, n_in)
     bank, (weight, bias), x = on.bank(n_out), on.base(n_out), on.x
-    options = dict(site=SITE, batch_invariant=batch_invariant, backend=backend)
+    options = dict(site=SITE, batch_invariant=batch_invariant, dropout_mode=mode, backend=backend)
     return on.problem(
         lambda: lora_linear(x, weight, bias, bank, on.plan(), **options),
         lambda: plain_lora(x, F.linear(x, weight, bias), bank, on.ids, STEP, SITE),
@@ -113,6 +113,21 @@ def _delta(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtype=
     )
 
 
+def _dropped(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtype=None, n_in=72, n_out=40):
+    """The op without dropout on rows that lora_dropout_mask dropped is the op with it."""
+    on = Setup(ids, dtype, device, backend, exact, factor_dtype, n_in)
+    bank, x = on.bank(n_out), on.x
+
+    def fn():
+        plan = on.plan()
+        keep = unpack_bits(lora_dropout_mask(bank, plan, site=SITE, backend=backend), n_in)
+        kept = (65536 - bank.threshold[on.ids.clamp(min=0)]).to(wide(dtype))
+        multiplier = torch.where(kept > 0, 65536 / kept, 0)[:, None].to(x.dtype)
+        return lora_delta(x * keep * multiplier, bank, plan, training=False, site=SITE, backend=backend)
+
+    return on.problem(fn, lambda: plain_lora(x, x.new_zeros(len(x), n_out), bank, on.ids, STEP, SITE), n_out)
+
+
 def _gated(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtype=None, n_in=72, n_out=40):
     """Two adapters a row, sometimes the same one twice, with gates; no dropout, as the batch decides the order of an adapter's positions."""
     on = Setup(ids, dtype, device, backend, exact, factor_dtype, n_in, two=True)
@@ -127,7 +142,7 @@ def _gated(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtype=
     )
 
 
-def _shrink(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtype=None, n_in=72):
+def _shrink(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtype=None, n_in=72, mode="auto"):
     on = Setup(ids, dtype, device, backend, exact, factor_dtype, n_in)
     bank, x, R = on.bank(8), on.x, max(RANKS)
     on.leaves = {key: t for key, t in on.leaves.items() if key[0] in "xA"}
@@ -141,7 +156,8 @@ def _shrink(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtype
 
     by_group = {key: g for key, g in on.by_group.items() if key[0] == "A"}
     kept = torch.promote_types(dtype, factor_dtype or dtype)
-    return on.problem(lambda: lora_shrink(x, bank, on.plan(), site=SITE, backend=backend), plain, R, by_group=by_group, dtype=kept)
+    options = dict(site=SITE, dropout_mode=mode, backend=backend)
+    return on.problem(lambda: lora_shrink(x, bank, on.plan(), **options), plain, R, by_group=by_group, dtype=kept)
 
 
 def _expand(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtype=None, n_out=40):
@@ -168,8 +184,11 @@ LORA_PROBLEMS = {
     "lora_linear": _linear,
     "lora_linear:group": _group,
     "lora_linear:batch_invariant": lambda *args, **kw: _linear(*args, batch_invariant=True, **kw),
+    "lora_linear:bitmask": lambda *args, **kw: _linear(*args, batch_invariant=True, mode="bitmask", **kw),
     "lora_delta": _delta,
     "lora_delta:gates": _gated,
+    "lora_delta:dropped": _dropped,
     "lora_shrink": _shrink,
+    "lora_shrink:bitmask": lambda *args, **kw: _shrink(*args, mode="bitmask", **kw),
     "lora_expand": _expand,
 }
