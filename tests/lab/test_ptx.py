@@ -193,6 +193,15 @@ def test_pointers_in_memory_reach_live_tensors():
     assert torch.equal(out, target)
 
 
+def test_a_register_picks_one_of_several_parameters():
+    """What LLVM makes of a member of a tuple of arguments that is chosen at run time."""
+    even, odd, out = torch.arange(32), torch.arange(32) + 100, words(dtype=torch.int64)
+    body = " mov.b32 %r2, arg0;\n mov.b32 %r3, arg1;\n and.b32 %r4, %r0, 1;\n setp.eq.u32 %p1, %r4, 1;\n selp.b32 %r2, %r3, %r2, %p1;\n"
+    body += " ld.param.b64 %a12, [%r2];\n shl.b32 %r5, %r0, 3;\n cvt.u64.u32 %a13, %r5;\n add.s64 %a12, %a12, %a13;\n add.s64 %a14, %a2, %a13;\n"
+    run(body + " ld.global.b64 %a15, [%a12];\n st.global.b64 [%a14], %a15;", even, odd, out)
+    assert torch.equal(out, torch.where(torch.arange(32) % 2 == 1, odd, even))
+
+
 def test_unwritten_shared_memory_is_nan():
     out = words(dtype=torch.float32)
     run(" mov.u32 %r2, dynamic;\n ld.shared.f32 %f1, [%r2];\n st.global.f32 [%a10], %f1;", out, shared=4)

@@ -34,8 +34,9 @@ def _ld(w, i):
     # A signed load extends its sign into a wider register.
     kind = "s" if i.types[-1][0] == "s" else "u"
     view = f".view(i{width // 8})" if kind == "s" else ""
-    if "param" in i.parts:
-        name, offset = (i.args[1].strip("[] ").split("+") + ["0"])[:2]
+    name, offset = (i.args[1].strip("[] ").split("+") + ["0"])[:2]
+    # A register holds the address of one of several parameters.
+    if "param" in i.parts and not w.is_register(name.strip()):
         if name.strip() not in w.kernel.params:
             # The value a call returned; nobody looks at the one of vprintf.
             return w.result(targets[0], f"np.zeros((1, 1), u{width // 8})", f"u{width}")

@@ -148,14 +148,15 @@ class Translation:
 
 
 def _data_addresses(kernel):
-    """Module-level arrays and parameters that are read by address (tensor maps) get address ranges of their own."""
+    """Module-level arrays and parameters that are read by address (tensor maps, members of a tuple) get address ranges of their own."""
     addresses, position = {}, 1 << 60
     for name, raw in kernel.data.items():
         addresses[name] = position
         position += -(-len(raw) // 256) * 256 + 4096
     # Addresses of parameters must fit 32 bits.
-    sized = [name for name, (_, elements) in kernel.params.items() if elements > 1]
-    return addresses | {name: 4096 * (n + 1) for n, name in enumerate(sized)}
+    taken = {arg for i in kernel.instructions if i.name == "mov" for arg in i.args}
+    read = [name for name, (_, elements) in kernel.params.items() if elements > 1 or name in taken]
+    return addresses | {name: 4096 * (n + 1) for n, name in enumerate(read)}
 
 
 def both(mask, guard):
