@@ -22,6 +22,8 @@ EQUAL = {**QKV, "O": (1024, 1024, 1024)}
 EVEN = dict(T=2048, D=1024, O=1024, ranks=(4, 8, 8, 16, 16, 32, 64, 64), p=0.0)
 WIDE = {**EVEN, "ranks": (16, 32, 64, 16, 32, 64, 16, 32)}
 SKEWED = {**EVEN, "shares": (0.05, 0.25, 0.008, 0.333, 0.1, 0.07, 0.16, 0.029)}
+DROPPED = {**EVEN, "p": 0.05}
+KEPT = {**DROPPED, "dropout_mode": "bitmask"}
 # The jit function of triton_kernels/lora_base.py that multiplies by the frozen weight.
 BASE_DOT = "_base_dot"
 DELTA = {**EVEN, "T": 512, "D": 512, "O": 512}
@@ -45,6 +47,8 @@ def cases():
         Case("lora_delta", "mixed", MIXED, "loop", ("full",)),
         Case("lora_linear", "even", EVEN, "base", ("cost",), dtypes=("bf16",)),
         Case("lora_linear", "even, 16 to 64", WIDE, "base", ("cost",), dtypes=("bf16",)),
+        Case("lora_linear", "even, dropout", DROPPED, "base", ("cost",), dtypes=("bf16",)),
+        Case("lora_linear", "even, keep bits", KEPT, "base", ("cost",), dtypes=("bf16",)),
         Case("lora_linear", "skewed", SKEWED, "base", ("cost",), dtypes=("bf16",)),
         Case("lora_delta", "even", DELTA, "loop", ("cost",), dtypes=("bf16",)),
     ]
@@ -88,19 +92,25 @@ def cost(case):
     s, width = case.shape, DTYPES[case.dtype].itemsize
     T, D, targets = s["T"], s["D"], _targets(s)
     weight = D * sum(O for O, _ in targets) * (case.op != "lora_delta")
+    bits = _kept_bytes(s)  # written by the forward, read for dA and again for dx
     outs, factors = T * sum(O for O, _ in targets), sum((D + O) * sum(ranks) for O, ranks in targets)
     base = 2 * T * weight
     lora = sum(2 * (D + O) * sum(n * r for n, r in zip(rows_of(s), ranks)) for O, ranks in targets)
     # the backward reads x and dy, writes dx, and reads and writes the factors
     forward, backward = T * D + outs + weight + factors, 2 * T * D + outs + weight + 2 * factors
     split = (2 * T * D + outs + weight, 2 * T * D + 2 * outs + weight) if weight else (None, None)
-    split = [n and n * width for n in split]
-    fwd = Work(forward * width, base + lora, lora, base, split[0], BASE_DOT)
-    return {"fwd": fwd, "bwd": Work(backward * width, base + 2 * lora, 2 * lora, base, split[1], BASE_DOT)}
+    split = [n and n * width + reads * bits for n, reads in zip(split, (1, 2))]
+    fwd = Work(forward * width + bits, base + lora, lora, base, split[0], BASE_DOT)
+    return {"fwd": fwd, "bwd": Work(backward * width + bits, base + 2 * lora, 2 * lora, base, split[1], BASE_DOT)}
+
+
+def _kept_bytes(shape):
+    return shape["T"] * -(-shape["D"] // 8) * len(_targets(shape)) * (shape.get("dropout_mode") == "bitmask")
 
 
 def saved_limit(case):
-    return case.shape["T"] * (case.shape["D"] + sum(max(ranks) for _, ranks in _targets(case.shape))) * DTYPES[case.dtype].itemsize
+    s, per_row = case.shape, case.shape["D"] + sum(max(ranks) for _, ranks in _targets(case.shape))
+    return s["T"] * per_row * DTYPES[case.dtype].itemsize + _kept_bytes(s)
 
 
 def peak_limit(case):
@@ -165,7 +175,8 @@ def _plan(problem):
 
 def run(problem, backend):
     banks, x, weights = _banks(problem), problem.leaves["x"], _weights(problem)
-    plan, options = _plan(problem), dict(training=problem.training, backend=backend)
+    mode = problem.case.shape.get("dropout_mode", "replay")
+    plan, options = _plan(problem), dict(training=problem.training, dropout_mode=mode, backend=backend)
 
     def fn():
         if problem.case.op == "lora_delta":

@@ -20,6 +20,7 @@ TINY = {
     "group_plan": dict(T=50, G=4),
     "lora": dict(T=24, D=16, O=12, ranks=(1, 3, 4), p=0.25),
     "lora_shrink": dict(T=24, D=16, ranks=(1, 3, 4), p=0.25),
+    "lora_dropout_mask": dict(T=24, D=21, A=3, p=0.25),
     "lora_expand": dict(T=24, O=12, ranks=(1, 3, 4), K=2),
     "lora_embedding": dict(T=24, V=16, O=12, ranks=(1, 3, 4)),
     "dora": dict(T=24, D=16, O=12, ranks=(1, 3, 4)),

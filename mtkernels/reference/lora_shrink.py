@@ -18,10 +18,9 @@ def lora_shrink_fwd(x, A, threshold, seeds, offsets, perm, tiles, step, sites, d
     if bits is not None:
         bits.zero_()
     for g, i, places, rows, columns, factor in pieces(A, 0, len(sites), offsets, perm, len(x)):
-        draw = _draw(len(rows), x, i, threshold[g], seeds[g], step, sites[g])
         if bits is not None and len(factor):
-            bits[places, g] = pack_bits(draw())
-        m = _multiplier(x, threshold[g][i], dropout, draw)
+            bits[places, g] = pack_bits(_keep(len(rows), x, i, threshold[g], seeds[g], step, sites[g]))
+        m = _multiplier(len(rows), x, i, threshold[g], seeds[g], step, sites[g], dropout)
         s[places, columns] = (wide(x)[rows] * m @ wide(factor).T).to(s.dtype)
     return s
 
@@ -30,8 +29,8 @@ def lora_shrink_bwd(ds, x, A, threshold, seeds, offsets, perm, tiles, step, site
     total = None if dx is None else wide(dx).clone()
     zero(dA)
     for g, i, places, rows, columns, factor in pieces(A, 0, len(sites), offsets, perm, len(x)):
-        draw = _draw(len(rows), x, i, threshold[g], seeds[g], step, sites[g])
-        m = _multiplier(x, threshold[g][i], dropout, draw if bits is None else lambda: unpack_bits(bits[places, g], x.shape[1]))
+        stored = None if bits is None else bits[places, g]
+        m = _multiplier(len(rows), x, i, threshold[g], seeds[g], step, sites[g], dropout, stored)
         grad = dA[g * (len(offsets) - 1) + i]
         if grad.numel():
             grad.copy_(wide(ds)[places, columns].T @ (wide(x)[rows] * m))
@@ -72,14 +71,14 @@ def pieces(factors, rank_dim, n_targets, offsets, perm, n_rows):
         begin += width
 
 
-def _draw(n, x, i, threshold, seeds, step, site):
-    """The keep mask of an adapter's n rows, to be called; uid = ordinal in the adapter."""
-    return lambda: keep_mask(n, x.shape[1], int(threshold[i]), int(seeds[i]), step, site, x.device)
+def _keep(n, x, i, threshold, seeds, step, site):
+    return keep_mask(n, x.shape[1], int(threshold[i]), int(seeds[i]), step, site, x.device)
 
 
-def _multiplier(x, threshold, dropout, keep):
-    """M: keep mask times 65536 / (65536 - threshold), exactly matching the quantised probability."""
-    t = int(threshold)
+def _multiplier(n, x, i, threshold, seeds, step, site, dropout, stored=None):
+    """M: keep mask times 65536 / (65536 - threshold), exactly matching the quantised probability; uid = ordinal in the adapter."""
+    t = int(threshold[i])
     if not dropout or t == 0:
         return 1.0
-    return keep().to(wide(x).dtype) * (65536 / (65536 - t) if t < 65536 else 0.0)
+    keep = _keep(n, x, i, threshold, seeds, step, site) if stored is None else unpack_bits(stored, x.shape[1])
+    return keep.to(wide(x).dtype) * (65536 / (65536 - t) if t < 65536 else 0.0)
