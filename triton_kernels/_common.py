@@ -55,8 +55,8 @@ def dropout_keep(seed, uid, column, site, step, threshold, BLOCK_C: tl.constexpr
 
 
 @triton.jit
-def dropout_bits(seed, uid, column, site, step, threshold, BLOCK_C: tl.constexpr):
-    """The mask of dropout_keep as uint8 [M, BLOCK_C / 8]: bit l of byte b is column 8 b + l."""
+def dropout_bits(seed, uid, column, n_cols, site, step, threshold, BLOCK_C: tl.constexpr):
+    """The same mask as uint8 [M, BLOCK_C / 8]: bit l of byte b is column 8 b + l, zero right of the last."""
     o_c8 = column // 8 + tl.arange(0, BLOCK_C // 8)
     words = tl.philox(seed, o_c8[None, :], uid[:, None], site, step.to(tl.uint32), n_rounds=7)
     threshold = threshold.to(tl.uint32)
@@ -64,14 +64,8 @@ def dropout_bits(seed, uid, column, site, step, threshold, BLOCK_C: tl.constexpr
     for w in tl.static_range(4):
         bits |= ((words[w] & 0xFFFF) >= threshold).to(tl.uint32) << 2 * w
         bits |= ((words[w] >> 16) >= threshold).to(tl.uint32) << 2 * w + 1
-    return bits.to(tl.uint8)
-
-
-@triton.jit
-def real_bits(b_bits, column, n_cols):
-    """b_bits [M, bytes] of columns from `column` on with zeros right of the last."""
-    left = n_cols - column - 8 * tl.arange(0, b_bits.shape[1])
-    return b_bits & (255 >> tl.minimum(tl.maximum(8 - left, 0), 8)).to(tl.uint8)[None, :]
+    missing = tl.minimum(tl.maximum(8 * (o_c8 + 1) - n_cols, 0), 8)
+    return (bits & (255 >> missing)[None, :]).to(tl.uint8)
 
 
 @triton.jit
@@ -150,7 +144,7 @@ class CompileCase(NamedTuple):
 
 
 _LAUNCH_KEYS = ("num_warps", "num_stages", "enable_fp_fusion")
-_ALIGNED_SIZES = frozenset(("strides", "strides_o", "widths", "d_in", "slot_size", "n_classes"))
+_ALIGNED_SIZES = frozenset(("strides", "strides_o", "widths", "d_in", "slot_size", "n_classes", "n_bytes"))
 
 
 def config_arch(target: str) -> str:
@@ -162,7 +156,8 @@ def compile_case(name, kernel, types, options, tensor_cores=False, unaligned=(),
     """Case whose arguments take `types` (a tuple for a tuple of arguments) and, those without one, i32."""
     constexprs |= {k: v for k, v in options.items() if k not in _LAUNCH_KEYS}
     signature = {a: "constexpr" if a in constexprs else types.get(a, "i32") for a in kernel.arg_names}
-    sizes = (_ALIGNED_SIZES | {a for a in signature if a.startswith("stride_")}) - set(unaligned)
+    generic = {p.name for p in kernel.params if p.do_not_specialize}
+    sizes = (_ALIGNED_SIZES | {a for a in signature if a.startswith("stride_")}) - generic - set(unaligned)
     first = {a: t[0] if isinstance(t, tuple) else t for a, t in signature.items()}
     aligned = tuple(a for a, t in first.items() if t.startswith("*") or (t == "i32" and a in sizes))
     launch = {k: options[k] for k in _LAUNCH_KEYS}

@@ -278,13 +278,13 @@ def lora_cases(stem, kernels, arch):
     """Compile cases of {name: (kernel, its config, whether it drops out)}: bf16, float32, float32 factors over bf16 rows.
 
     Each for one target of ranks and widths that are all multiples of 8, and for two targets of any (`.ragged`), K slots,
-    gates and e; with the narrowest and the widest rank bucket, for the branches between need less.
+    gates and e; with the narrowest and the widest rank bucket, for the branches between need less. `.bits` keep their masks.
     """
     for dtype, rows, factor in (("bf16", "bf16", "bfloat16"), ("fp32", "fp32", "float32"), ("mixed", "bf16", "float32")):
         bits = 16 if factor == "bfloat16" else 32
         types = dict.fromkeys(("perm_ptr", "offsets_ptr", "tiles_ptr"), "*i32") | dict.fromkeys(("table_ptr", "step_ptr"), "*i64")
         types |= dict.fromkeys(("x_ptr", "dx_ptr"), f"*{rows}") | dict.fromkeys(("partial_ptr", "gates_ptr", "e_ptr"), "*fp32")
-        types |= dict.fromkeys(("s_ptr", "ds_ptr"), f"*{'bf16' if bits == 16 else 'fp32'}")
+        types |= dict.fromkeys(("s_ptr", "ds_ptr"), f"*{'bf16' if bits == 16 else 'fp32'}") | dict(bits_ptr="*u8")
         for name, (kernel, dropout) in kernels.items():
             options = _common.launch_options(stem, name, arch, bits)
             rows_index = _common.tile_index(options["BLOCK_M"] if "BLOCK_M" in options and "BLOCK_J" not in options else CHUNK)
@@ -292,7 +292,9 @@ def lora_cases(stem, kernels, arch):
                 DROPOUT=dropout, HAS_BIAS=True, BUCKETS=0b1001, FILL_R=128, LAYOUT=0, DENSE=True, ALIGNED=True, ALIGN_A=8,
                 FACTOR=getattr(tl, factor), GRAD=getattr(tl, factor), TILE_INDEX=rows_index,
             )  # fmt: skip
-            for suffix, n, fixed in (("", 1, dict(n_slots=1, n_targets=1, gates_ptr=None, e_ptr=None, ALIGN=8)), (".ragged", 2, dict(ALIGN=1))):
+            plain, replayed = dict(n_slots=1, n_targets=1, gates_ptr=None, e_ptr=None, ALIGN=8), dict(bits_ptr=None)
+            variants = [("", 1, plain | replayed), (".ragged", 2, dict(ALIGN=1) | replayed), (".bits", 1, plain)]
+            for suffix, n, fixed in variants[: 3 if "bits_ptr" in kernel.arg_names else 2]:
                 groups = {a: (t,) * n for a, t in (("ys", f"*{rows}"), ("dys", f"*{rows}"), ("strides", "i32"), ("widths", "i32"))}
                 chosen = {k: v for k, v in {**constexprs, **fixed}.items() if k in kernel.arg_names}
                 yield _common.compile_case(

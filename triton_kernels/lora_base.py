@@ -161,7 +161,7 @@ def _lora_base_fwd_kernel(
 @triton.jit
 def _lora_base_dx_kernel(
     dys, strides, weights, strides_o, strides_d, widths, dx_ptr, stride_dx,  # dy [T, O], W [O, D] of each target; output dx [T, D]
-    perm_ptr, offsets_ptr, tiles_ptr, table_ptr, step_ptr, bits_ptr, stride_bits, stride_bits_g, ds_ptr, stride_ds,
+    perm_ptr, offsets_ptr, tiles_ptr, table_ptr, step_ptr, bits_ptr, stride_bits, n_bytes, ds_ptr, stride_ds,
     n_rows, d_in, n_row_tiles, n_column_tiles, n_adapters,
     DROPOUT: tl.constexpr, HAS_LORA: tl.constexpr, FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr, ALIGN_A: tl.constexpr,
     EVEN_K: tl.constexpr, TILE_INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -188,8 +188,8 @@ def _lora_base_dx_kernel(
                     size_field(table_ptr, n_columns, entry, RANK, ALIGN), column, d_in, BLOCK_N,
                 )  # fmt: skip
                 if DROPOUT:
-                    bits = bits_of_target(bits_ptr, stride_bits, stride_bits_g, g)
-                    part = tl.where(keep_tile(mask, bits, b_t, m_row, o_i, column, d_in, BLOCK_N), part, 0.0)
+                    bits = bits_of_target(bits_ptr, stride_bits, n_bytes, g)
+                    part = tl.where(keep_tile(mask, bits, b_t, m_row, o_i, column, BLOCK_N), part, 0.0)
                 acc = tl.fma(part, dropout_scale(mask[0], DROPOUT), acc)
     for g in tl.static_range(len(dys)):
         acc = _base_dot(
@@ -327,25 +327,25 @@ def fuses(rows, factor, inner, n_adapters):
 
 
 def compile_cases(arch):
-    """Every config: bf16, few rows of it, float32, float32 factors over bf16 rows; `.ragged`: two targets of any widths."""
+    """Every config: bf16, few rows of it, float32, float32 factors over bf16 rows; `.ragged`: two targets of any widths; `.bits`: kept masks."""
     for name, kernel in (("fwd", _lora_base_fwd_kernel), ("dx", _lora_base_dx_kernel)):
         for variant, rows, s, n_rows in (("bf16", torch.bfloat16, torch.bfloat16, 4096), ("small", torch.bfloat16, torch.bfloat16, 16),
                                          ("fp32", torch.float32, torch.float32, 4096), ("mixed", torch.bfloat16, torch.float32, 4096)):  # fmt: skip
             config, bits = _config(name, n_rows, rows, s)
             options = launch_options("lora_base", config, arch, bits)
-            for suffix, n in (("", 1), (".ragged", 2)):
-                yield _case(f"lora_base.{name}.{variant}{suffix}", kernel, options, rows, s, n)
+            for suffix, n in (("", 1), (".ragged", 2), *([(".bits", 1)] if name == "dx" else [])):
+                yield _case(f"lora_base.{name}.{variant}{suffix}", kernel, options, rows, s, n, kept=suffix == ".bits")
 
 
-def _case(name, kernel, options, rows, s, n):
+def _case(name, kernel, options, rows, s, n, kept):
     pointer = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
     types = dict.fromkeys(("perm_ptr", "offsets_ptr", "tiles_ptr"), "*i32") | dict.fromkeys(("table_ptr", "step_ptr"), "*i64")
-    types |= dict.fromkeys(("x_ptr", "dx_ptr"), pointer[rows]) | dict.fromkeys(("s_ptr", "ds_ptr"), pointer[s]) | dict(gates_ptr="*fp32")
+    types |= dict.fromkeys(("x_ptr", "dx_ptr"), pointer[rows]) | dict.fromkeys(("s_ptr", "ds_ptr"), pointer[s]) | dict(gates_ptr="*fp32", bits_ptr="*u8")
     types |= dict.fromkeys(("weights", "biases", "ys", "dys"), (pointer[rows],) * n)
     types |= dict.fromkeys(("strides_o", "bias_widths", "strides", "widths"), ("i32",) * n)
     fixed = dict(
         HAS_LORA=True, HAS_BIAS=True, DROPOUT=True, LAYOUT=0, ALIGNED=True, ALIGN=8 if n == 1 else 1, ALIGN_A=8, FACTOR=DTYPES[s],
-        EVEN_K=n == 1, TILE_INDEX=tile_index(options["BLOCK_M"]), strides_d=(1,) * n, **(dict(gates_ptr=None) if n == 1 else {}),
+        EVEN_K=n == 1, TILE_INDEX=tile_index(options["BLOCK_M"]), strides_d=(1,) * n, **(dict(gates_ptr=None) if n == 1 else {}), **({} if kept else dict(bits_ptr=None)),
     )  # fmt: skip
     fixed = {k: v for k, v in fixed.items() if k in kernel.arg_names}
     return compile_case(name, kernel, types, options, tensor_cores=rows != torch.float32, **fixed)

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import arch_of, cdiv, compile_case, dropout_bits, group_of_tile, launch_options, real_bits, tile_index
+from ._common import arch_of, cdiv, compile_case, dropout_bits, group_of_tile, launch_options, tile_index
 
 
 @triton.jit(do_not_specialize=["site"])
@@ -24,7 +24,7 @@ def _lora_dropout_mask_kernel(
     b_bits = tl.zeros([BLOCK_M, BLOCK_B], tl.uint8)
     if adapter < n_adapters:
         seed, step, threshold = tl.load(seeds_ptr + adapter), tl.load(step_ptr), tl.load(threshold_ptr + adapter)
-        b_bits = real_bits(dropout_bits(seed, o_j - begin, byte * 8, site.to(tl.uint32), step, threshold, BLOCK_B * 8), byte * 8, n_cols)
+        b_bits = dropout_bits(seed, o_j - begin, byte * 8, n_cols, site.to(tl.uint32), step, threshold, BLOCK_B * 8)
     o_b = byte + tl.arange(0, BLOCK_B)
     p_bits = bits_ptr + b_p[:, None].to(tl.int64) * n_bytes + o_b[None, :]
     tl.store(p_bits, b_bits, mask=(o_j < end)[:, None] & (o_b < n_bytes)[None, :])

@@ -152,7 +152,7 @@ def _ds_program(
                     for rank0 in range(0, rank, 16 << b):
                         acc = shrink_dot(
                             p_row, m_row, p_B + tl.cast(rank0, tl.int64) * stride_r, stride_r, stride_o, rank - rank0, width,
-                            o_j, (0, 0, 0, 0), None, m_row,
+                            o_j, (0, 0, 0, 0), (None, 0, 0), b_p,
                             compute, False, 16 << b, BLOCK_K if b < 3 else BLOCK_K // 2,
                         )  # fmt: skip
                         o_r = rank0 + tl.arange(0, 16 << b)
@@ -210,7 +210,7 @@ def _lora_expand_bwd_kernel(
             factor_grad_tile(
                 p_dy, stride_dy, column, width,
                 s_ptr + size_field(table_ptr, n_columns, entry, S_BEGIN, ALIGN), stride_s, rank0, rank,
-                scale_of(table_ptr, n_columns, entry), (0, 0, 0, 0), (None, 0),
+                scale_of(table_ptr, n_columns, entry), (0, 0, 0, 0), (None, 0, 0),
                 perm_ptr, gates_ptr, offsets_ptr, adapter, chunk, n_slots,
                 p_grad, stride_o, stride_r, p_bias,
                 partial_ptr, slot_size, field(table_ptr, n_columns, entry, PART_B), part_o, part_r,

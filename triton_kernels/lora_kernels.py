@@ -3,14 +3,14 @@
 P positions of n adapters, sorted by adapter: the j-th is position p = perm[j] of row p // n_slots, its ordinal in the
 adapter is its dropout uid. A rank belongs to the bucket b = 0..3 of BLOCK_R = 16 << b that covers it; a kernel compiles
 the buckets of the constexpr bit set BUCKETS and a tile takes its own, so no adapter's arithmetic depends on its
-neighbours. `mask` is (threshold, seed, site, step) of the dropout, `bits` (pointer, row stride) of keep bits [P, ceil(D / 8)],
-which the shrink writes and the others read in place of drawing the mask; the pointer is None where it is drawn again.
+neighbours. `mask` is (threshold, seed, site, step) of the dropout, `bits` (pointer, row stride, bytes) of keep bits [P, bytes],
+which the shrink writes and everybody reads in place of drawing the mask; the pointer is None where it is drawn again.
 """
 
 import triton
 import triton.language as tl
 
-from ._common import dropout_bits, dropout_keep, real_bits, unpack_bits
+from ._common import dropout_bits, dropout_keep, unpack_bits
 from ._lora import CHUNK_ROWS, bucket_of
 
 
@@ -25,14 +25,14 @@ def fill_zeros(p_s, m_row, begin, end, FILL_R: tl.constexpr):
 
 
 @triton.jit
-def bits_of_target(bits_ptr, stride_bits, stride_bits_g, target):
+def bits_of_target(bits_ptr, stride_bits, n_bytes, target):
     if bits_ptr is not None:
-        bits_ptr += target * stride_bits_g
-    return bits_ptr, stride_bits
+        bits_ptr += target * n_bytes
+    return bits_ptr, stride_bits, n_bytes
 
 
 @triton.jit
-def keep_tile(mask, bits, b_p, m_row, uid, column, n_cols, BLOCK_C: tl.constexpr):
+def keep_tile(mask, bits, b_p, m_row, uid, column, BLOCK_C: tl.constexpr):
     """Keep mask [M, BLOCK_C] of positions b_p with ordinals uid, for columns starting at `column`, a multiple of 8."""
     if bits[0] is None:
         threshold, seed, site, step = mask
@@ -40,28 +40,30 @@ def keep_tile(mask, bits, b_p, m_row, uid, column, n_cols, BLOCK_C: tl.constexpr
     else:
         o_b = column // 8 + tl.arange(0, BLOCK_C // 8)
         p_bits = bits[0] + b_p[:, None].to(tl.int64) * bits[1] + o_b[None, :]
-        return unpack_bits(tl.load(p_bits, mask=m_row[:, None] & (8 * o_b < n_cols)[None, :], other=0))
+        return unpack_bits(tl.load(p_bits, mask=m_row[:, None] & (o_b < bits[2])[None, :], other=0))
 
 
 @triton.jit
-def drawn_tile(mask, p_bits, m_bits, uid, column, n_cols, BLOCK_C: tl.constexpr):
-    """Keep mask [M, BLOCK_C] as of keep_tile, drawn; also stored at p_bits [M, 1], if there is such, in rows m_bits."""
+def draw_bits(mask, bits, b_p, m_row, uid, n_cols, BLOCK_C: tl.constexpr):
+    """Write the keep bits of positions b_p, for this program to read.
+
+    All before their first use: drawn beside it, in the layout of a dot, they would be drawn again in that of their store.
+    """
     threshold, seed, site, step = mask
-    if p_bits is None:
-        return dropout_keep(seed, uid, column, site, step, threshold, BLOCK_C)
-    else:
-        b_bits = dropout_bits(seed, uid, column, site, step, threshold, BLOCK_C)
-        o_b = column // 8 + tl.arange(0, BLOCK_C // 8)
-        tl.store(p_bits + o_b[None, :], real_bits(b_bits, column, n_cols), mask=m_bits[:, None] & (8 * o_b < n_cols)[None, :])
-        return unpack_bits(b_bits)
+    for c in range(0, n_cols, BLOCK_C):
+        o_b = c // 8 + tl.arange(0, BLOCK_C // 8)
+        p_bits = bits[0] + b_p[:, None].to(tl.int64) * bits[1] + o_b[None, :]
+        b_bits = dropout_bits(seed, uid, c, n_cols, site, step, threshold, BLOCK_C)
+        tl.store(p_bits, b_bits, mask=m_row[:, None] & (o_b < bits[2])[None, :])
+    tl.debug_barrier()
 
 
 @triton.jit
 def shrink_dot(
-    p_row, m_row, p_factor, stride_r, stride_c, n_ranks, n_cols, uid, mask, p_bits, m_bits,
+    p_row, m_row, p_factor, stride_r, stride_c, n_ranks, n_cols, uid, mask, bits, b_p,
     COMPUTE: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """acc[m, r] = sum_k keep[m, k] rows[m, k] factor[r, k] for r < n_ranks; p_row [M, 1] points at rows, the rest as in drawn_tile."""
+    """acc[m, r] = sum_k keep[m, k] rows[m, k] factor[r, k] for r < n_ranks; p_row [M, 1] points at rows, those of positions b_p."""
     o_r, o_k = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
     m_r = o_r[None, :] < n_ranks
     acc = tl.zeros([p_row.shape[0], BLOCK_R], tl.float32)
@@ -73,7 +75,7 @@ def shrink_dot(
         p_w = p_factor + tl.cast(k, tl.int64) * stride_c + (o_r[None, :] * stride_r + o_k[:, None] * stride_c)
         b_w = tl.load(p_w, mask=m_k[:, None] & m_r, other=0.0)
         if DROPOUT:
-            b_x = tl.where(drawn_tile(mask, p_bits, m_bits, uid, k, n_cols, BLOCK_K), b_x, 0.0)
+            b_x = tl.where(keep_tile(mask, bits, b_p, m_row, uid, k, BLOCK_K), b_x, 0.0)
         acc = tl.dot(b_x.to(COMPUTE), b_w.to(COMPUTE), acc, input_precision="ieee")
     return acc
 
@@ -149,7 +151,7 @@ def _factor_grad_dot(
         if HAS_BIAS:
             acc_bias += tl.sum(b_bias, axis=0)
         if DROPOUT:
-            b_wide = tl.where(keep_tile(mask, bits, b_p, m_j, uid0 + o_j, column, n_cols, BLOCK_W), b_wide, 0.0)
+            b_wide = tl.where(keep_tile(mask, bits, b_p, m_j, uid0 + o_j, column, BLOCK_W), b_wide, 0.0)
         acc = tl.dot(tl.trans(b_wide.to(b_s.dtype)), b_s, acc, input_precision="ieee")
     return acc, acc_bias
 

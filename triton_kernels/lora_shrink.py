@@ -39,14 +39,14 @@ from ._lora import (
     size_field,
     slots_of,
 )
-from .lora_kernels import bits_of_target, expand_dot, factor_grad_tile, fill_zeros, first_slot, keep_tile, shrink_dot
+from .lora_kernels import bits_of_target, draw_bits, expand_dot, factor_grad_tile, fill_zeros, first_slot, keep_tile, shrink_dot
 
 
 @triton.jit
 def _lora_shrink_kernel(
     x_ptr, stride_x, perm_ptr, offsets_ptr, tiles_ptr,  # rows [T, D] and the plan of their positions
     table_ptr, step_ptr,
-    s_ptr, stride_s, bits_ptr, stride_bits, stride_bits_g,  # outputs [P, widths], uint8 [P, targets, ceil(D / 8)] or None
+    s_ptr, stride_s, bits_ptr, stride_bits, n_bytes,  # outputs [P, widths], uint8 [P, targets, ceil(D / 8)] or None
     n_positions, n_slots, d_in, n_adapters, n_targets,
     DROPOUT: tl.constexpr, BUCKETS: tl.constexpr, FILL_R: tl.constexpr,
     FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr, ALIGN_A: tl.constexpr,
@@ -68,12 +68,10 @@ def _lora_shrink_kernel(
         rank = size_field(table_ptr, n_columns, entry, RANK, ALIGN)
     p_s = s_ptr + b_p[:, None].to(tl.int64) * stride_s + size_field(table_ptr, n_columns, entry, S_BEGIN, ALIGN)
     fill_zeros(p_s, m_row, rank, field(table_ptr, n_columns, entry, S_WIDTH).to(tl.int32), FILL_R)
-    p_bits = None
-    if bits_ptr is not None:
-        p_bits = bits_ptr + b_p[:, None].to(tl.int64) * stride_bits + target * stride_bits_g
+    bits = bits_of_target(bits_ptr, stride_bits, n_bytes, target)
     if rank == 0:
         if bits_ptr is not None:
-            fill_zeros(p_bits, m_row, 0, tl.cdiv(d_in, 8), 64)
+            fill_zeros(bits[0] + b_p[:, None].to(tl.int64) * stride_bits, m_row, 0, n_bytes, 64)
         return
 
     p_row = x_ptr + (b_p // n_slots)[:, None].to(tl.int64) * stride_x
@@ -82,13 +80,15 @@ def _lora_shrink_kernel(
     mask = dropout_of(table_ptr, n_columns, entry, step_ptr, DROPOUT)
     alpha = dropout_scale(mask[0], DROPOUT)
     compute: tl.constexpr = s_ptr.dtype.element_ty
+    if bits_ptr is not None:
+        draw_bits(mask, bits, b_p, m_row, o_j - begin, d_in, 128)
     for b in tl.static_range(4):
         if BUCKETS & (1 << b):
             if bucket_of(rank) == b:
                 for rank0 in range(0, rank, 16 << b):
                     acc = shrink_dot(
                         p_row, m_row, p_A + tl.cast(rank0, tl.int64) * stride_A, stride_A, 1, rank - rank0, d_in,
-                        o_j - begin, mask, p_bits, m_row & (rank0 == 0),
+                        o_j - begin, mask, bits, b_p,
                         compute, DROPOUT, 16 << b, BLOCK_K if b < 3 else BLOCK_K // 2,
                     )  # fmt: skip
                     o_r = rank0 + tl.arange(0, 16 << b)
@@ -98,7 +98,7 @@ def _lora_shrink_kernel(
 @triton.jit
 def _lora_grad_a_kernel(
     x_ptr, stride_x, ds_ptr, stride_ds, perm_ptr, offsets_ptr, tiles_ptr,  # rows [T, D], dS [P, widths] and the plan
-    table_ptr, step_ptr, bits_ptr, stride_bits, stride_bits_g,
+    table_ptr, step_ptr, bits_ptr, stride_bits, n_bytes,
     partial_ptr, slot_size,  # output [slots, slot_size]; single chunks go to the table's gradients
     n_slots, d_in, n_rank_tiles, n_adapters, n_targets,
     DROPOUT: tl.constexpr, BUCKETS: tl.constexpr, GRAD: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr, ALIGN_A: tl.constexpr,
@@ -123,7 +123,7 @@ def _lora_grad_a_kernel(
     factor_grad_tile(
         x_ptr, stride_x, column, d_in,
         ds_ptr + size_field(table_ptr, n_columns, entry, S_BEGIN, ALIGN), stride_ds, rank0, rank,
-        dropout_scale(mask[0], DROPOUT), mask, bits_of_target(bits_ptr, stride_bits, stride_bits_g, target),
+        dropout_scale(mask[0], DROPOUT), mask, bits_of_target(bits_ptr, stride_bits, n_bytes, target),
         perm_ptr, None, offsets_ptr, adapter, tile - tl.load(p_tiles + adapter), n_slots,
         p_grad, 1, size_field(table_ptr, n_columns, entry, STRIDE_DA, ALIGN_A), p_grad,
         partial_ptr, slot_size, field(table_ptr, n_columns, entry, PART_A), 1, d_in, 0,
@@ -133,7 +133,7 @@ def _lora_grad_a_kernel(
 
 @triton.jit
 def _dx_program(
-    program, dx_ptr, stride_dx, perm_ptr, offsets_ptr, tiles_ptr, table_ptr, step_ptr, bits_ptr, stride_bits, stride_bits_g, ds_ptr, stride_ds,
+    program, dx_ptr, stride_dx, perm_ptr, offsets_ptr, tiles_ptr, table_ptr, step_ptr, bits_ptr, stride_bits, n_bytes, ds_ptr, stride_ds,
     n_slots, slot, d_in, n_adapters, n_targets,
     DROPOUT: tl.constexpr, BUCKETS: tl.constexpr, FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr, ALIGN_A: tl.constexpr,
     TILE_INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -167,8 +167,8 @@ def _dx_program(
                     BUCKETS, BLOCK_N,
                 )  # fmt: skip
                 if DROPOUT:
-                    bits = bits_of_target(bits_ptr, stride_bits, stride_bits_g, g)
-                    acc = tl.where(keep_tile(mask, bits, b_p, m_row, o_j - begin, column, d_in, BLOCK_N), acc, 0.0)
+                    bits = bits_of_target(bits_ptr, stride_bits, n_bytes, g)
+                    acc = tl.where(keep_tile(mask, bits, b_p, m_row, o_j - begin, column, BLOCK_N), acc, 0.0)
                 # An explicit fma, so that every variant of the kernel rounds alike whatever the compiler would fuse.
                 total = tl.fma(acc, dropout_scale(mask[0], DROPOUT), total)
             tl.store(p_dx, total.to(dx_ptr.dtype.element_ty), mask=m_dx)
@@ -230,7 +230,7 @@ def _sum_chunks_program(
 @triton.jit(do_not_specialize=["slot"])
 def _lora_bwd_finish_kernel(
     dx_ptr, stride_dx, perm_ptr, offsets_ptr, tiles_ptr,  # updated rows [T, D] and the plan
-    table_ptr, step_ptr, bits_ptr, stride_bits, stride_bits_g,
+    table_ptr, step_ptr, bits_ptr, stride_bits, n_bytes,
     ds_ptr, stride_ds, partial_ptr, slot_size,  # inputs [P, widths], [slots, slot_size]
     n_slots, slot, d_in, size_A, size_B, size_bias, n_adapters, n_targets, n_dx_programs,
     DROPOUT: tl.constexpr, BUCKETS: tl.constexpr, FACTOR: tl.constexpr, GRAD: tl.constexpr, LAYOUT: tl.constexpr,
@@ -241,7 +241,7 @@ def _lora_bwd_finish_kernel(
     program = tl.program_id(0)
     if program < n_dx_programs:
         _dx_program(
-            program, dx_ptr, stride_dx, perm_ptr, offsets_ptr, tiles_ptr, table_ptr, step_ptr, bits_ptr, stride_bits, stride_bits_g,
+            program, dx_ptr, stride_dx, perm_ptr, offsets_ptr, tiles_ptr, table_ptr, step_ptr, bits_ptr, stride_bits, n_bytes,
             ds_ptr, stride_ds, n_slots, slot, d_in, n_adapters, n_targets,
             DROPOUT, BUCKETS, FACTOR, ALIGNED, ALIGN, ALIGN_A, TILE_INDEX, BLOCK_M, BLOCK_N,
         )  # fmt: skip
@@ -253,8 +253,8 @@ def _lora_bwd_finish_kernel(
 
 
 def bits_args(bits):
-    """Pointer, row stride and target stride of keep bits, or of none."""
-    return (None, 0, 0) if bits is None else (bits, bits.stride(0), bits.stride(1))
+    """Keep bits [P, targets, bytes] or None, their row stride and bytes of a row and target."""
+    return (None, 0, 0) if bits is None else (bits, bits.stride(0), bits.shape[2])
 
 
 def prefers_bits(device):
