@@ -16,8 +16,8 @@ class LoraBank:
     of each adapter. has_dropout is False when every probability is known to be 0. Build it with `from_factors`,
     `from_packed`, `from_stacked` or `from_experts`.
 
-    With `main_grad = True`, the backward of lora_linear, lora_delta and lora_embedding computes the gradients of the
-    parameters in float32 and adds them to each one's `.main_grad` (float32, the parameter's shape, as Megatron keeps it) instead of returning them.
+    With `main_grad = True`, every LoRA op (dora_linear's norm aside, which is a constant) computes the gradients of the parameters in
+    float32 and adds them to each one's `.main_grad` (float32, the parameter's shape, as Megatron keeps it) instead of returning them.
     """
 
     main_grad = False
@@ -138,11 +138,9 @@ class LoraBank:
             bank.has_dropout = self.has_dropout
         return banks
 
-    def main_grads(self):
-        """The `.main_grad` of every parameter and bias, or [] when gradients are returned as usual."""
-        if not self.main_grad:
-            return []
-        params = [*self.params_A, *self.params_B, *self.bias]
+    def main_grads(self, kind):
+        """The `.main_grad` of the parameters of a kind, "A", "B" or "bias"; empty tensors where there is nothing to add to."""
+        params = {"A": self.params_A, "B": self.params_B, "bias": self.bias}[kind]
         found = [getattr(p, "main_grad", None) if p.numel() and p.requires_grad else p.new_empty(0) for p in params]
         for p, grad in zip(params, found):
             if not isinstance(grad, torch.Tensor) or grad.numel() and (grad.dtype != torch.float32 or grad.shape != p.shape):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import mtkernels as mtk
+from mtkernels.mid import act
 
 RANKS, D, O = (4, 0, 7), 24, 16
 IDS = [0, 2, -1, 2, 0, 2, 0]
@@ -55,6 +56,40 @@ def test_two_backwards_add_up_in_float32(dtype, way):
         torch.testing.assert_close(t.main_grad, 0.5 + one + two, rtol=tol, atol=tol * max([1.0, *one.abs().flatten().tolist()]))
     if dtype == torch.bfloat16:  # not rounded on the way: some sums have bits that bfloat16 cannot hold
         assert not torch.equal(leaves[0].main_grad, leaves[0].main_grad.bfloat16().float())
+
+
+def calls(x, plan, backend):
+    """{op: its result on a bank}, of rows x [T, D]; inputs that no gradient reaches are made of x."""
+    on, gamma, gate = dict(backend=backend), x[0].detach(), x.detach().flip(1)
+    wide = lambda bank: x.new_ones(len(x), max(bank.ranks))  # noqa: E731
+    token = torch.arange(len(x), device=x.device) % D
+    return {
+        "lora_delta": lambda bank: mtk.lora_delta(x, bank, plan, **on),
+        "lora_delta with mid": lambda bank: mtk.lora_delta(x, bank, plan, mid=act("silu"), **on),
+        "lora_shrink": lambda bank: mtk.lora_shrink(x, bank, plan, **on),
+        "lora_expand": lambda bank: mtk.lora_expand(wide(bank), bank, plan, **on),
+        "lora_embedding": lambda bank: mtk.lora_embedding(token, x.new_ones(D, O), bank, plan, **on),
+        "rmsnorm_lora_shrink": lambda bank: mtk.rmsnorm_lora_shrink(x, gamma, 1e-6, bank, plan, **on)[1],
+        "swiglu_lora_shrink": lambda bank: mtk.swiglu_lora_shrink(gate, x, bank, plan, **on)[1],
+    }
+
+
+@pytest.mark.parametrize("op", calls(torch.zeros(1, D), None, None))
+def test_every_op_adds_what_it_would_return(op, way):
+    x = torch.randn(len(IDS), D, device=way.device)
+    plan = mtk.group_plan(torch.tensor(IDS, device=way.device), len(RANKS), step=3, backend=way.backend)
+    call, (A, B, bias) = calls(x, plan, way.backend)[op], factors(torch.float32, way)
+    bank, leaves = bank_of(A, B, bias), [*A, *B, *bias]
+    upstream = torch.randn_like(call(bank))
+    reached = torch.autograd.grad(call(bank), leaves, upstream, allow_unused=True)
+    assert any(g is not None and g.any() for g in reached)
+    for t in leaves:
+        t.main_grad = torch.full(t.shape, 0.5, device=way.device)
+    bank.main_grad = True
+    call(bank).backward(upstream)
+    for t, g in zip(leaves, reached):
+        assert t.grad is None
+        assert torch.equal(t.main_grad, torch.full_like(t, 0.5) if g is None else 0.5 + g)
 
 
 def test_frozen_parameters_need_no_main_grad(way):

@@ -12,6 +12,8 @@ PLAN = "Tensor ids, Tensor offsets, Tensor perm, Tensor tiles, Tensor step"
 # The argument `dropout` of the schemas is an index: no dropout, masks drawn again in backward, kept as bits, or one of the two.
 DROPOUT_MODES = ("", "replay", "bitmask", "auto")
 REPLAY, BITMASK, AUTO = 1, 2, 3
+# Of the params that come before, or empty: gradients are then added to these.
+MAIN_GRAD = "Tensor[] main_grad"
 # What a shrink alone reads of its banks.
 SHRINK = f"Tensor[] A, Tensor[] threshold, Tensor[] seeds, int[] ranks, int[] layouts, {PLAN}, int[] sites, bool dropout"
 
@@ -35,8 +37,6 @@ def bank_args(op, banks):
 def shrink_args(op, banks, plan, sites, training):
     """The arguments of schema piece SHRINK."""
     _check_dtypes(op, banks)
-    if any(bank.main_grad for bank in banks):
-        raise ValueError(f"{op}: a bank accumulates into main_grad, which lora_linear and lora_delta do; set bank.main_grad = False to get .grad here")
     factors = [t for bank in banks for t in bank.params_A], [bank.threshold for bank in banks], [bank.seeds for bank in banks]
     layouts = [LAYOUTS.index(bank.layout) for bank in banks]
     return *factors, [r for bank in banks for r in bank.ranks], layouts, *plan_args(plan), list(sites), training
@@ -81,19 +81,25 @@ def _check_dtypes(op, banks):
             raise TypeError(f"{op}: bank[{g}] is {bank.dtype}, bank[0] is {banks[0].dtype}; use one dtype")
 
 
-def main_grads(banks):
-    """In the order of params_A, params_B and bias of all banks; [] when gradients are returned."""
+def main_grads(banks, *kinds):
+    """Of the params of each kind ("A", "B", "bias") of all banks; [] when gradients are returned."""
     if not any(bank.main_grad for bank in banks):
         return []
     if not all(bank.main_grad for bank in banks):
         raise ValueError("main_grad is set on some banks of the group only; set it on all of them")
-    parts = zip(*[_main_grad_parts(bank) for bank in banks])
-    return [t for part in parts for tensors in part for t in tensors]
+    return [t for kind in kinds for bank in banks for t in bank.main_grads(kind) or [bank.scale.new_empty(0)] * len(bank)]
 
 
-def _main_grad_parts(bank):
-    grads, n, m = bank.main_grads(), len(bank.params_A), len(bank.params_B)
-    return grads[:n], grads[n : n + m], grads[n + m :] or [bank.scale.new_empty(0)] * len(bank)
+def grad_dtype(fp32_grads, params):
+    return torch.float32 if fp32_grads else params[0].dtype
+
+
+def returned(main_grad, grads, need):
+    """Gradients to return, None where none is wanted; with main_grad they are added to that instead."""
+    wanted = [(main, g) for main, g, w in zip(main_grad, grads, need) if w and main.numel()]
+    if wanted:
+        torch._foreach_add_(*map(list, zip(*wanted)))
+    return [g if w and not main_grad else None for g, w in zip(grads, need)]
 
 
 def plan_args(plan):
@@ -132,6 +138,11 @@ def new_grads(params, views, need, ranks, layouts, dtype):
             found += views(grads[begin:], layout, ranks[g * n : (g + 1) * n]) if need[begin] else [grads[begin]] * n
         begin += count
     return grads, found
+
+
+def fake_grads(params, need, fp32_grads):
+    dtype = grad_dtype(fp32_grads, params)
+    return [p.new_empty(p.shape if wanted else 0, dtype=dtype) for p, wanted in zip(params, need)]
 
 
 def new_bias_grads(bias, need, dtype):

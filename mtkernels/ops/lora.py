@@ -29,7 +29,6 @@ from .lora_expand import lora_expand
 from .lora_shrink import lora_shrink
 
 _ARGS = f"{_lora.BANK}, Tensor? gates, {_lora.PLAN}, int[] sites, int dropout"
-_MAIN = "Tensor[] main_grad"
 
 
 def _launchers(x, A, backend):
@@ -79,7 +78,7 @@ def _widths(B, ranks, layouts):
 def _bwd_kernel(dys, x, weight, s, bits, A, B, lora_bias, scale, threshold, seeds, ranks, layouts, gates, *rest):
     ids, *groups, sites, dropout, need_dx, need, need_gates, need_scale, fp32_grads, batch_invariant, backend = rest
     run, nA, nB = _launchers(x, A, backend), len(A), len(B)
-    dtype = torch.float32 if fp32_grads else A[0].dtype
+    dtype = _lora.grad_dtype(fp32_grads, A)
     grads_A, dA = _lora.new_grads(A, views_A, need[:nA], ranks, layouts, dtype)
     grads_B, dB = _lora.new_grads(B, views_B, need[nA : nA + nB], ranks, layouts, dtype)
     dbias = _lora.new_bias_grads(lora_bias, need[nA + nB :], dtype)
@@ -127,8 +126,7 @@ def _delta_fake(x, out, A, B, lora_bias, scale, threshold, seeds, ranks, layouts
 def _bwd_fake(dys, x, weight, s, bits, A, B, lora_bias, scale, threshold, seeds, ranks, layouts, gates, ids, *rest):
     need_dx, need, need_gates, need_scale, fp32_grads, _, _ = rest[-7:]
     dscale = [t.new_empty(t.shape if need_scale else 0) for t in scale]
-    dtype = torch.float32 if fp32_grads else A[0].dtype
-    grads = [t.new_empty(t.shape if wanted else 0, dtype=dtype) for t, wanted in zip((*A, *B, *lora_bias), need)]
+    grads = _lora.fake_grads((*A, *B, *lora_bias), need, fp32_grads)
     return x.new_empty(x.shape if need_dx else 0), scale[0].new_empty(ids.shape if need_gates else 0), dscale, grads
 
 
@@ -156,9 +154,7 @@ class _Lora(torch.autograd.Function):
             x = dys[0].new_empty(1, ctx.width).expand(dys[0].shape[0], -1)
         small = need_gates, any(need_scale)
         dx, dgates, dscale, grads = _bwd_op(dys, x, weight, s, bits, *rest, need_x, need, *small, *ctx.options)
-        if ctx.main_grad:
-            grads = accumulate(ctx.main_grad, grads, need)
-        grads = [g if wanted else None for g, wanted in zip(grads, need)]
+        grads = _lora.returned(ctx.main_grad, grads, need)
         n = len(need_A) + len(need_B)
         bias = grads[n:] if need_bias else [None]
         dscale = [g if wanted else None for g, wanted in zip(dscale, need_scale)]
@@ -222,14 +218,6 @@ def _dense(dys, widths):
     return [lead.new_zeros(len(lead), n) if dy is None else dy.contiguous() for dy, n in zip(dys, widths)]
 
 
-def accumulate(main_grad, grads, need):
-    """Add the gradients to main_grad; nothing is left to return."""
-    wanted = [(main, g) for main, g, w in zip(main_grad, grads, need) if w and main.numel()]
-    if wanted:
-        torch._foreach_add_(*map(list, zip(*wanted)))
-    return [None] * len(grads)
-
-
 def _linear_autograd(*args):
     flat, spec = pack(args)
     *ys, s, bits = _LoraLinear.apply(spec, *flat)
@@ -245,7 +233,7 @@ def _delta_autograd(*args):
 _LISTS = ("x", "A", "B", "lora_bias")
 _linear_op = register(
     "lora",
-    f"lora_linear(Tensor x, Tensor[] weight, Tensor[] bias, {_ARGS}, bool batch_invariant, {_MAIN}, str backend) -> (Tensor[] y, Tensor s, Tensor bits)",
+    f"lora_linear(Tensor x, Tensor[] weight, Tensor[] bias, {_ARGS}, bool batch_invariant, {_lora.MAIN_GRAD}, str backend) -> (Tensor[] y, Tensor s, Tensor bits)",
     kernel=_linear_kernel,
     fake=_linear_fake,
     autograd=_linear_autograd,
@@ -253,7 +241,7 @@ _linear_op = register(
 )
 _delta_op = register(
     "lora",
-    f"lora_delta(Tensor x, Tensor[] out, {_ARGS}, {_MAIN}, str backend) -> (Tensor[] y, Tensor s, Tensor bits)",
+    f"lora_delta(Tensor x, Tensor[] out, {_ARGS}, {_lora.MAIN_GRAD}, str backend) -> (Tensor[] y, Tensor s, Tensor bits)",
     kernel=_delta_kernel,
     fake=_delta_fake,
     autograd=_delta_autograd,
@@ -319,7 +307,7 @@ def _linear(op, x, weights, biases, banks, plan, *, training, sites, gates, batc
             _lora.check_like(op, name, t, x)
     bias = [x.new_empty(0) if b is None else b for b in biases] if any(b is not None for b in biases) else []
     gates, groups = _lora.flat_gates(op, gates, plan, banks[0].scale), _lora.plan_args(plan)
-    options = list(sites), _lora.dropout_arg(op, banks, training, dropout_mode), batch_invariant, _lora.main_grads(banks), _backends.requested(backend)
+    options = list(sites), _lora.dropout_arg(op, banks, training, dropout_mode), batch_invariant, _lora.main_grads(banks, "A", "B", "bias"), _backends.requested(backend)
     ys, *_ = _linear_op(rows, weights, bias, *_lora.bank_args(op, banks), gates, *groups, *options)
     return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
@@ -383,6 +371,6 @@ def _delta(op, x, banks, plan, outs, *, training, sites, gates, dropout_mode, ba
         _lora.check_like(op, "out", out, x)
     outs = [out.reshape(-1, out.shape[-1]) for out in outs or ()]
     gates, groups = _lora.flat_gates(op, gates, plan, banks[0].scale), _lora.plan_args(plan)
-    options = list(sites), _lora.dropout_arg(op, banks, training, dropout_mode), _lora.main_grads(banks), _backends.requested(backend)
+    options = list(sites), _lora.dropout_arg(op, banks, training, dropout_mode), _lora.main_grads(banks, "A", "B", "bias"), _backends.requested(backend)
     ys, *_ = _delta_op(rows, outs, *_lora.bank_args(op, banks), gates, *groups, *options)
     return tuple(y.view(shape) for y, shape in zip(ys, shapes))

@@ -17,11 +17,9 @@ from .._op import below_autograd, load, pack, register, save, unpack
 from ..bank import views_A, views_B
 from ..plan import check_plan
 from . import _lora
-from .lora import accumulate
 
 _FACTORS = "Tensor[] A, Tensor[] B, Tensor[] lora_bias, Tensor scale, Tensor? gates, int[] ranks, int[] layouts"
 _ARGS = f"Tensor token, {_FACTORS}, {_lora.PLAN}, int padding"
-_MAIN = "Tensor[] main_grad"
 
 
 def _launchers(stem, dtype_of, A, backend):
@@ -41,7 +39,7 @@ def _kernel(weight, token, A, B, bias, scale, gates, ranks, layouts, ids, offset
 
 def _bwd_kernel(dy, s, token, A, B, bias, scale, gates, ranks, layouts, ids, offsets, perm, tiles, step, padding, need, need_gates, need_scale, fp32_grads, backend):
     nA, nB, groups = len(A), len(B), (offsets, perm, tiles)
-    dtype = torch.float32 if fp32_grads else A[0].dtype
+    dtype = _lora.grad_dtype(fp32_grads, A)
     grads_A, dA = _lora.new_grads(A, views_A, need[:nA], ranks, layouts, dtype)
     grads_B, dB = _lora.new_grads(B, views_B, need[nA : nA + nB], ranks, layouts, dtype)
     dbias = _lora.new_bias_grads(bias, need[nA + nB :], dtype)
@@ -60,8 +58,7 @@ def _fake(weight, token, A, B, bias, scale, gates, ranks, layouts, ids, offsets,
 
 
 def _bwd_fake(dy, s, token, A, B, bias, scale, gates, ranks, layouts, ids, offsets, perm, tiles, step, padding, need, need_gates, need_scale, fp32_grads, backend):
-    dtype = torch.float32 if fp32_grads else A[0].dtype
-    grads = [t.new_empty(t.shape if wanted else 0, dtype=dtype) for t, wanted in zip((*A, *B, *bias), need)]
+    grads = _lora.fake_grads((*A, *B, *bias), need, fp32_grads)
     return scale.new_empty(perm.shape if need_gates else 0), scale.new_empty(scale.shape if need_scale else 0), grads
 
 
@@ -91,8 +88,7 @@ class _LoraEmbedding(torch.autograd.Function):
         grads, small = [None] * len(need), (None, None)
         if any((*need, need_scale, need_gates)):
             dgates, dscale, grads = _bwd_op(dy, s, token, *args, need, need_gates, need_scale, bool(ctx.main_grad), ctx.backend)
-            grads = accumulate(ctx.main_grad, grads, need) if ctx.main_grad else grads
-            grads = [g if wanted else None for g, wanted in zip(grads, need)]
+            grads = _lora.returned(ctx.main_grad, grads, need)
             small = dscale if need_scale else None, dgates if need_gates else None
         n = len(need_A) + len(need_B)
         found = [None, dweight, None, *grads[:n], *(grads[n:] if need_bias else [None]), *small]
@@ -106,7 +102,7 @@ def _apply(weight, *args):
 
 _op = register(
     "lora_embedding",
-    f"lora_embedding(Tensor weight, {_ARGS}, {_MAIN}, str backend) -> (Tensor y, Tensor s)",
+    f"lora_embedding(Tensor weight, {_ARGS}, {_lora.MAIN_GRAD}, str backend) -> (Tensor y, Tensor s)",
     kernel=_kernel,
     fake=_fake,
     autograd=_apply,
@@ -153,5 +149,5 @@ def lora_embedding(ids, weight, bank, plan, *, padding_idx=None, gates=None, bac
     A, B, bias, (scale,), _, _, ranks, layouts = _lora.bank_args(op, [bank])
     gates = _lora.flat_gates(op, gates, plan, scale)
     factors = A, B, bias, scale, gates, ranks, layouts
-    y, _ = _op(weight, token, *factors, *_lora.plan_args(plan), padding, _lora.main_grads([bank]), _backends.requested(backend))
+    y, _ = _op(weight, token, *factors, *_lora.plan_args(plan), padding, _lora.main_grads([bank], "A", "B", "bias"), _backends.requested(backend))
     return y.view(*ids.shape, y.shape[1])

@@ -20,17 +20,18 @@ from . import _lora
 _ARGS = f"Tensor[] B, Tensor[] lora_bias, Tensor scale, Tensor? gates, int[] ranks, int[] layouts, {_lora.PLAN}"
 
 
-def _kernel(s, out, n_rows, B, bias, scale, gates, ranks, layouts, ids, offsets, perm, tiles, step, backend):
+def _kernel(s, out, n_rows, B, bias, scale, gates, ranks, layouts, ids, offsets, perm, tiles, step, main_grad, backend):
     run, views = _lora.launchers("lora_expand", s, B[0], backend), _lora.factors_B(B, ranks, layouts)
     y = s.new_zeros(n_rows, views[0].shape[0]) if out is None else out.clone(memory_format=torch.contiguous_format)
     run.lora_expand_fwd(s, views, bias, [scale], gates, offsets, perm, tiles, [y])
     return y
 
 
-def _bwd_kernel(dy, s, B, bias, scale, gates, ranks, layouts, ids, offsets, perm, tiles, step, need, need_gates, need_scale, backend):
+def _bwd_kernel(dy, s, B, bias, scale, gates, ranks, layouts, ids, offsets, perm, tiles, step, need, need_gates, need_scale, fp32_grads, backend):
     run, groups = _lora.launchers("lora_expand", s, B[0], backend), (offsets, perm, tiles)
-    grads, dB = _lora.new_grads(B, views_B, need[: len(B)], ranks, layouts, B[0].dtype)
-    dbias = _lora.new_bias_grads(bias, need[len(B) :], B[0].dtype)
+    dtype = _lora.grad_dtype(fp32_grads, B)
+    grads, dB = _lora.new_grads(B, views_B, need[: len(B)], ranks, layouts, dtype)
+    dbias = _lora.new_bias_grads(bias, need[len(B) :], dtype)
     ds, e = torch.empty_like(s), _lora.new_e(dy, [scale], perm, need_gates or need_scale)
     run.lora_expand_bwd([dy], s, _lora.factors_B(B, ranks, layouts), bias, [scale], gates, *groups, ds, e, dB, dbias)
     dgates, (dscale,) = _lora.gate_and_scale_grads(e, [scale], gates, ids, *groups, need_gates, need_scale, backend)
@@ -41,8 +42,8 @@ def _fake(s, out, n_rows, B, bias, scale, gates, ranks, layouts, *_):
     return (s if out is None else out).new_empty(n_rows, _lora.factors_B(B, ranks, layouts)[0].shape[0])
 
 
-def _bwd_fake(dy, s, B, bias, scale, gates, ranks, layouts, ids, offsets, perm, tiles, step, need, need_gates, need_scale, backend):
-    grads = [t.new_empty(t.shape if wanted else 0) for t, wanted in zip((*B, *bias), need)]
+def _bwd_fake(dy, s, B, bias, scale, gates, ranks, layouts, ids, offsets, perm, tiles, step, need, need_gates, need_scale, fp32_grads, backend):
+    grads = _lora.fake_grads((*B, *bias), need, fp32_grads)
     return torch.empty_like(s), scale.new_empty(perm.shape if need_gates else 0), scale.new_empty(scale.shape if need_scale else 0), grads
 
 
@@ -52,17 +53,17 @@ class _LoraExpand(torch.autograd.Function):
         args = unpack(spec, flat)
         with below_autograd():
             y = _op(*args)
+        *rest, ctx.main_grad, ctx.backend = args[3:]
         ctx.spec = spec
-        save(ctx, args[0], *args[3:])
+        save(ctx, args[0], *rest)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        *args, backend = load(ctx)
         need_s, need_out, _, need_B, need_bias, need_scale, need_gates, *_ = unpack(ctx.spec, ctx.needs_input_grad[1:])
         need = [*need_B, *(need_bias or [])]
-        ds, dgates, dscale, grads = _bwd_op(dy.contiguous(), *args, need, need_gates, need_scale, backend)
-        grads = [g if wanted else None for g, wanted in zip(grads, need)]
+        ds, dgates, dscale, grads = _bwd_op(dy.contiguous(), *load(ctx), need, need_gates, need_scale, bool(ctx.main_grad), ctx.backend)
+        grads = _lora.returned(ctx.main_grad, grads, need)
         small = dscale if need_scale else None, dgates if need_gates else None
         lead = [None, ds if need_s else None, dy if need_out else None, None, *grads[: len(need_B)]]
         bias = grads[len(need_B) :] if need_bias else [None]
@@ -77,7 +78,7 @@ def _apply(*args):
 
 _op = register(
     "lora_expand",
-    f"lora_expand(Tensor s, Tensor? out, SymInt n_rows, {_ARGS}, str backend) -> Tensor",
+    f"lora_expand(Tensor s, Tensor? out, SymInt n_rows, {_ARGS}, {_lora.MAIN_GRAD}, str backend) -> Tensor",
     kernel=_kernel,
     fake=_fake,
     autograd=_apply,
@@ -85,7 +86,7 @@ _op = register(
 )
 _bwd_op = register(
     "lora_expand",
-    f"lora_expand_bwd(Tensor dy, Tensor s, {_ARGS}, bool[] need, bool need_gates, bool need_scale, str backend) -> (Tensor ds, Tensor dgates, Tensor dscale, Tensor[] grads)",
+    f"lora_expand_bwd(Tensor dy, Tensor s, {_ARGS}, bool[] need, bool need_gates, bool need_scale, bool fp32_grads, str backend) -> (Tensor ds, Tensor dgates, Tensor dscale, Tensor[] grads)",
     kernel=_bwd_kernel,
     fake=_bwd_fake,
 )
@@ -114,5 +115,5 @@ def lora_expand(s, bank, plan, out=None, *, gates=None, backend=None):
     gates = _lora.flat_gates("lora_expand", gates, plan, bank.scale)
     factors = bank.params_B, bank.bias, bank.scale, gates, bank.ranks, [LAYOUTS.index(bank.layout)]
     flat = s.flatten(0, -2)
-    y = _op(flat, out, plan.n_rows, *factors, *_lora.plan_args(plan), _backends.requested(backend))
+    y = _op(flat, out, plan.n_rows, *factors, *_lora.plan_args(plan), _lora.main_grads([bank], "B", "bias"), _backends.requested(backend))
     return y.view(shape)

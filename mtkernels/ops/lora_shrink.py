@@ -20,30 +20,29 @@ from . import _lora
 _ARGS = f"Tensor[] A, Tensor threshold, Tensor seeds, int[] ranks, int[] layouts, {_lora.PLAN}, int site, int dropout"
 
 
-def _kernel(x, A, threshold, seeds, ranks, layouts, ids, offsets, perm, tiles, step, site, dropout, backend):
+def _kernel(x, A, threshold, seeds, ranks, layouts, ids, offsets, perm, tiles, step, site, dropout, main_grad, backend):
     run, bits = _lora.launchers("lora_shrink", x, A[0], backend), _lora.new_bits(dropout, x, A[0], perm, 1, backend)
     mask = [threshold], [seeds], offsets, perm, tiles, step, [site], bool(dropout)
     return run.lora_shrink_fwd(x, _lora.factors_A(A, ranks, layouts), *mask, _lora.kept(bits)), bits
 
 
-def _bwd_kernel(ds, x, bits, A, threshold, seeds, ranks, layouts, ids, offsets, perm, tiles, step, site, dropout, need_dx, need, backend):
+def _bwd_kernel(ds, x, bits, A, threshold, seeds, ranks, layouts, ids, offsets, perm, tiles, step, site, dropout, need_dx, need, fp32_grads, backend):
     run = _lora.launchers("lora_shrink", x, A[0], backend)
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if need_dx else None
-    grads, dA = _lora.new_grads(A, views_A, need, ranks, layouts, A[0].dtype)
+    grads, dA = _lora.new_grads(A, views_A, need, ranks, layouts, _lora.grad_dtype(fp32_grads, A))
     mask = [threshold], [seeds], offsets, perm, tiles, step, [site], bool(dropout)
     run.lora_shrink_bwd(ds, x, _lora.factors_A(A, ranks, layouts), *mask, dx, dA, bits)
     return x.new_empty(0) if dx is None else dx, grads
 
 
-def _fake(x, A, threshold, seeds, ranks, layouts, ids, offsets, perm, tiles, step, site, dropout, backend):
+def _fake(x, A, threshold, seeds, ranks, layouts, ids, offsets, perm, tiles, step, site, dropout, main_grad, backend):
     bits = _lora.new_bits(dropout, x, A[0], perm, 1, backend)
     return x.new_empty(perm.shape[0], max(ranks), dtype=_lora.s_dtype(x, A)), bits
 
 
 def _bwd_fake(ds, x, bits, A, threshold, seeds, ranks, layouts, *rest):
-    need_dx, need = rest[-3:-1]
-    dx = x.new_empty(x.shape) if need_dx else x.new_empty(0)
-    return dx, [a.new_empty(a.shape if wanted else 0) for a, wanted in zip(A, need)]
+    need_dx, need, fp32_grads, _ = rest[-4:]
+    return x.new_empty(x.shape if need_dx else 0), _lora.fake_grads(A, need, fp32_grads)
 
 
 class _LoraShrink(torch.autograd.Function):
@@ -52,17 +51,17 @@ class _LoraShrink(torch.autograd.Function):
         args = unpack(spec, flat)
         with below_autograd():
             s, bits = _op(*args)
+        *rest, ctx.main_grad, ctx.backend = args[1:]
         ctx.spec = spec
-        save(ctx, args[0], _lora.kept(bits), *args[1:])
+        save(ctx, args[0], _lora.kept(bits), *rest)
         ctx.mark_non_differentiable(bits)
         return s, bits
 
     @staticmethod
     def backward(ctx, ds, _):
-        *args, backend = load(ctx)
         need_x, need_A, *_ = unpack(ctx.spec, ctx.needs_input_grad[1:])
-        dx, grads = _bwd_op(ds.contiguous(), *args, need_x, need_A, backend)
-        dA = [g if wanted else None for g, wanted in zip(grads, need_A)]
+        dx, grads = _bwd_op(ds.contiguous(), *load(ctx), need_x, need_A, bool(ctx.main_grad), ctx.backend)
+        dA = _lora.returned(ctx.main_grad, grads, need_A)
         return None, dx if need_x else None, *dA, *(None,) * (len(ctx.needs_input_grad) - 2 - len(dA))
 
 
@@ -73,7 +72,7 @@ def _apply(*args):
 
 _op = register(
     "lora_shrink",
-    f"lora_shrink(Tensor x, {_ARGS}, str backend) -> (Tensor s, Tensor bits)",
+    f"lora_shrink(Tensor x, {_ARGS}, {_lora.MAIN_GRAD}, str backend) -> (Tensor s, Tensor bits)",
     kernel=_kernel,
     fake=_fake,
     autograd=_apply,
@@ -81,7 +80,7 @@ _op = register(
 )
 _bwd_op = register(
     "lora_shrink",
-    f"lora_shrink_bwd(Tensor ds, Tensor x, Tensor? bits, {_ARGS}, bool need_dx, bool[] need, str backend) -> (Tensor dx, Tensor[] grads)",
+    f"lora_shrink_bwd(Tensor ds, Tensor x, Tensor? bits, {_ARGS}, bool need_dx, bool[] need, bool fp32_grads, str backend) -> (Tensor dx, Tensor[] grads)",
     kernel=_bwd_kernel,
     fake=_bwd_fake,
 )
@@ -98,5 +97,5 @@ def lora_shrink(x, bank, plan, *, training=True, site=0, dropout_mode="auto", ba
     rows = _lora.rows_of("lora_shrink", x, bank, plan)
     factors = bank.params_A, bank.threshold, bank.seeds, bank.ranks, [LAYOUTS.index(bank.layout)]
     dropout = _lora.dropout_arg("lora_shrink", [bank], training, dropout_mode)
-    s, _ = _op(rows, *factors, *_lora.plan_args(plan), site, dropout, _backends.requested(backend))
+    s, _ = _op(rows, *factors, *_lora.plan_args(plan), site, dropout, _lora.main_grads([bank], "A"), _backends.requested(backend))
     return s.view(*plan.shape, s.shape[1])

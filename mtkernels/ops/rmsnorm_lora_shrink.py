@@ -24,17 +24,17 @@ from . import _lora
 CASTING = ("llama", "gemma")
 
 
-def _kernel(x, gamma, eps, offset, round_first, A, threshold, seeds, ranks, layouts, ids, offsets, perm, tiles, step, sites, dropout, backend):
+def _kernel(x, gamma, eps, offset, round_first, A, threshold, seeds, ranks, layouts, ids, offsets, perm, tiles, step, sites, dropout, main_grad, backend):
     run, views = _lora.launchers("rmsnorm_lora_shrink", x, A[0], backend), _lora.factors_A(A, ranks, layouts)
     return run.rmsnorm_lora_shrink_fwd(x, gamma, eps, offset, round_first, views, threshold, seeds, offsets, perm, tiles, step, sites, dropout)
 
 
 def _bwd_kernel(dxn, ds, x, gamma, rstd, s, offset, round_first, A, threshold, seeds, ranks, layouts, ids, *rest):
-    offsets, perm, tiles, step, sites, dropout, need_dx, need_dgamma, need, backend = rest
+    offsets, perm, tiles, step, sites, dropout, need_dx, need_dgamma, need, fp32_grads, backend = rest
     run, views = _lora.launchers("rmsnorm_lora_shrink", x, A[0], backend), _lora.factors_A(A, ranks, layouts)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_dx else None
     dgamma = torch.empty_like(gamma) if need_dgamma else None
-    grads, dA = _lora.new_grads(A, views_A, need, ranks, layouts, A[0].dtype)
+    grads, dA = _lora.new_grads(A, views_A, need, ranks, layouts, _lora.grad_dtype(fp32_grads, A))
     plan = offsets, perm, tiles, step, sites, dropout
     run.rmsnorm_lora_shrink_bwd(dxn, ds, x, gamma, rstd, s, offset, round_first, views, threshold, seeds, *plan, dx, dgamma, dA)
     return x.new_empty(0) if dx is None else dx, gamma.new_empty(0) if dgamma is None else dgamma, grads
@@ -46,8 +46,8 @@ def _fake(x, gamma, eps, offset, round_first, A, threshold, seeds, ranks, layout
 
 
 def _bwd_fake(dxn, ds, x, gamma, rstd, s, offset, round_first, A, *rest):
-    need_dx, need_dgamma, need, _ = rest[-4:]
-    grads = [a.new_empty(a.shape if wanted else 0) for a, wanted in zip(A, need)]
+    need_dx, need_dgamma, need, fp32_grads, _ = rest[-5:]
+    grads = _lora.fake_grads(A, need, fp32_grads)
     return x.new_empty(x.shape if need_dx else 0), gamma.new_empty(gamma.shape if need_dgamma else 0), grads
 
 
@@ -57,7 +57,7 @@ class _RmsnormLoraShrink(torch.autograd.Function):
         args = unpack(spec, flat)
         with below_autograd():
             xn, s, rstd = _op(*args)
-        x, gamma, _, *rest = args
+        x, gamma, _, *rest, ctx.main_grad, ctx.backend = args
         ctx.spec = spec
         save(ctx, x, gamma, rstd, s, *rest)
         ctx.mark_non_differentiable(rstd)
@@ -65,10 +65,9 @@ class _RmsnormLoraShrink(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dxn, ds, _):
-        *args, backend = load(ctx)
         need_x, need_gamma, _, _, _, need_A, *_ = unpack(ctx.spec, ctx.needs_input_grad[1:])
-        dx, dgamma, grads = _bwd_op(dxn.contiguous(), ds.contiguous(), *args, need_x, need_gamma, need_A, backend)
-        dA = [g if wanted else None for g, wanted in zip(grads, need_A)]
+        dx, dgamma, grads = _bwd_op(dxn.contiguous(), ds.contiguous(), *load(ctx), need_x, need_gamma, need_A, bool(ctx.main_grad), ctx.backend)
+        dA = _lora.returned(ctx.main_grad, grads, need_A)
         found = [None, dx if need_x else None, dgamma if need_gamma else None, None, None, None, *dA]
         return *found, *(None,) * (len(ctx.needs_input_grad) - len(found))
 
@@ -80,7 +79,7 @@ def _apply(*args):
 
 _op = register(
     "rmsnorm_lora_shrink",
-    f"rmsnorm_lora_shrink(Tensor x, Tensor gamma, float eps, float offset, bool round_first, {_lora.SHRINK}, str backend)"
+    f"rmsnorm_lora_shrink(Tensor x, Tensor gamma, float eps, float offset, bool round_first, {_lora.SHRINK}, {_lora.MAIN_GRAD}, str backend)"
     " -> (Tensor xn, Tensor s, Tensor rstd)",
     kernel=_kernel,
     fake=_fake,
@@ -90,7 +89,7 @@ _op = register(
 _bwd_op = register(
     "rmsnorm_lora_shrink",
     f"rmsnorm_lora_shrink_bwd(Tensor dxn, Tensor ds, Tensor x, Tensor gamma, Tensor rstd, Tensor s, float offset, bool round_first, {_lora.SHRINK},"
-    " bool need_dx, bool need_dgamma, bool[] need, str backend) -> (Tensor dx, Tensor dgamma, Tensor[] grads)",
+    " bool need_dx, bool need_dgamma, bool[] need, bool fp32_grads, str backend) -> (Tensor dx, Tensor dgamma, Tensor[] grads)",
     kernel=_bwd_kernel,
     fake=_bwd_fake,
 )
@@ -118,7 +117,7 @@ def rmsnorm_lora_shrink(x, gamma, eps, banks, plan, *, training=True, sites=None
     rows = [_lora.rows_of(op, x, bank, plan) for bank in banks][0]
     _check_gamma(op, gamma, x)
     shrink = _lora.shrink_args(op, banks, plan, sites, training)
-    xn, s, _ = _op(rows, gamma, eps, offset, casting == "llama", *shrink, _backends.requested(backend))
+    xn, s, _ = _op(rows, gamma, eps, offset, casting == "llama", *shrink, _lora.main_grads(banks, "A"), _backends.requested(backend))
     return xn.view(x.shape), s.view(*plan.shape, s.shape[1])
 
 

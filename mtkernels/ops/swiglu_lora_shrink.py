@@ -26,15 +26,15 @@ from .lora_expand import lora_expand
 from .rmsnorm_lora_shrink import rmsnorm_lora_shrink
 
 
-def _kernel(gate, up, act, A, threshold, seeds, ranks, layouts, ids, offsets, perm, tiles, step, sites, dropout, backend):
+def _kernel(gate, up, act, A, threshold, seeds, ranks, layouts, ids, offsets, perm, tiles, step, sites, dropout, main_grad, backend):
     run, views = _lora.launchers("swiglu_lora_shrink", gate, A[0], backend), _lora.factors_A(A, ranks, layouts)
     return run.swiglu_lora_shrink_fwd(gate, up, act, views, threshold, seeds, offsets, perm, tiles, step, sites, dropout)
 
 
-def _bwd_kernel(dh, ds, gate, up, act, A, threshold, seeds, ranks, layouts, ids, offsets, perm, tiles, step, sites, dropout, need_x, need, backend):
+def _bwd_kernel(dh, ds, gate, up, act, A, threshold, seeds, ranks, layouts, ids, offsets, perm, tiles, step, sites, dropout, need_x, need, fp32_grads, backend):
     run, views = _lora.launchers("swiglu_lora_shrink", gate, A[0], backend), _lora.factors_A(A, ranks, layouts)
     dgate, dup = (torch.empty_like(t, memory_format=torch.contiguous_format) if need_x else None for t in (gate, up))
-    grads, dA = _lora.new_grads(A, views_A, need, ranks, layouts, A[0].dtype)
+    grads, dA = _lora.new_grads(A, views_A, need, ranks, layouts, _lora.grad_dtype(fp32_grads, A))
     run.swiglu_lora_shrink_bwd(dh, ds, gate, up, act, views, threshold, seeds, offsets, perm, tiles, step, sites, dropout, dgate, dup, dA)
     return *(gate.new_empty(0) if d is None else d for d in (dgate, dup)), grads
 
@@ -44,9 +44,9 @@ def _fake(gate, up, act, A, threshold, seeds, ranks, layouts, ids, offsets, perm
 
 
 def _bwd_fake(dh, ds, gate, up, act, A, *rest):
-    need_x, need, _ = rest[-3:]
+    need_x, need, fp32_grads, _ = rest[-4:]
     shape = gate.shape if need_x else 0
-    return gate.new_empty(shape), gate.new_empty(shape), [a.new_empty(a.shape if wanted else 0) for a, wanted in zip(A, need)]
+    return gate.new_empty(shape), gate.new_empty(shape), _lora.fake_grads(A, need, fp32_grads)
 
 
 class _SwigluLoraShrink(torch.autograd.Function):
@@ -55,16 +55,16 @@ class _SwigluLoraShrink(torch.autograd.Function):
         args = unpack(spec, flat)
         with below_autograd():
             h, s = _op(*args)
+        *kept, ctx.main_grad, ctx.backend = args
         ctx.spec = spec
-        save(ctx, *args)
+        save(ctx, *kept)
         return h, s
 
     @staticmethod
     def backward(ctx, dh, ds):
-        *args, backend = load(ctx)
         need_gate, need_up, _, need_A, *_ = unpack(ctx.spec, ctx.needs_input_grad[1:])
-        dgate, dup, grads = _bwd_op(dh.contiguous(), ds.contiguous(), *args, need_gate or need_up, need_A, backend)
-        dA = [g if wanted else None for g, wanted in zip(grads, need_A)]
+        dgate, dup, grads = _bwd_op(dh.contiguous(), ds.contiguous(), *load(ctx), need_gate or need_up, need_A, bool(ctx.main_grad), ctx.backend)
+        dA = _lora.returned(ctx.main_grad, grads, need_A)
         found = [None, dgate if need_gate else None, dup if need_up else None, None, *dA]
         return *found, *(None,) * (len(ctx.needs_input_grad) - len(found))
 
@@ -76,7 +76,7 @@ def _apply(*args):
 
 _op = register(
     "swiglu_lora_shrink",
-    f"swiglu_lora_shrink(Tensor gate, Tensor up, int act, {_lora.SHRINK}, str backend) -> (Tensor h, Tensor s)",
+    f"swiglu_lora_shrink(Tensor gate, Tensor up, int act, {_lora.SHRINK}, {_lora.MAIN_GRAD}, str backend) -> (Tensor h, Tensor s)",
     kernel=_kernel,
     fake=_fake,
     autograd=_apply,
@@ -84,7 +84,7 @@ _op = register(
 )
 _bwd_op = register(
     "swiglu_lora_shrink",
-    f"swiglu_lora_shrink_bwd(Tensor dh, Tensor ds, Tensor gate, Tensor up, int act, {_lora.SHRINK}, bool need_x, bool[] need, str backend)"
+    f"swiglu_lora_shrink_bwd(Tensor dh, Tensor ds, Tensor gate, Tensor up, int act, {_lora.SHRINK}, bool need_x, bool[] need, bool fp32_grads, str backend)"
     " -> (Tensor dgate, Tensor dup, Tensor[] grads)",
     kernel=_bwd_kernel,
     fake=_bwd_fake,
@@ -108,7 +108,7 @@ def swiglu_lora_shrink(gate, up, bank, plan, *, act="silu", training=True, site=
         raise TypeError(f"{op}: up is {up.dtype} on {up.device}, gate is {gate.dtype} on {gate.device}; give both one dtype and device")
     up_rows = _lora.rows_of(op, up, bank, plan)
     shrink = _lora.shrink_args(op, [bank], plan, [site], training)
-    h, s = _op(rows, up_rows, _activation(op, act), *shrink, _backends.requested(backend))
+    h, s = _op(rows, up_rows, _activation(op, act), *shrink, _lora.main_grads([bank], "A"), _backends.requested(backend))
     return h.view(gate.shape), s.view(*plan.shape, s.shape[1])
 
 
