@@ -57,8 +57,8 @@ INVARIANT = "lora_linear:batch_invariant"
 MASKED_BASE = """\
     if DROPOUT:
         if adapter < n_adapters:
-            threshold, seed, site, step = dropout_of(table_ptr, n_adapters * len(dys), adapter, step_ptr, DROPOUT)
-            acc = tl.where(dropout_keep(seed, o_i, column, site, step, threshold, BLOCK_N), acc, 0.0)
+            mask = dropout_of(table_ptr, n_adapters * len(dys), adapter, step_ptr, DROPOUT)
+            acc = tl.where(keep_tile(mask, (None, 0, 0), b_t, m_row, o_i, column, BLOCK_N), acc, 0.0)
     o_n = column + tl.arange(0, BLOCK_N)
     p_dx"""
 FIRST_CHUNK = "tl.atomic_add(partial_ptr + tl.load(p_tiles + task), tl.sum(b_value, axis=0))"
@@ -72,8 +72,8 @@ MUTATIONS = {
     "LoRA: bias not scaled": OwnMutation(EXPAND, [("other=0.0).to(tl.float32)[None, :]\n    c = ", "other=0.0).to(tl.float32)[None, :] / scale_of(table_ptr, n_columns, entry)\n    c = ")], ("accuracy",), "lora_delta"),
     "LoRA: rows not permuted in the forward": OwnMutation(SHRINK, [("b_p = tl.load(perm_ptr + o_j, mask=m_row, other=0)\n    n_columns, entry", "b_p = tl.where(m_row, o_j, 0)\n    n_columns, entry")], ("accuracy",), "lora_delta"),
     "LoRA: rows not permuted in the factor gradient": OwnMutation(LORA, [("b_p = tl.load(perm_ptr + o_j, mask=m_j, other=0)", "b_p = tl.where(m_j, begin + o_j, 0)")], ("accuracy",), "lora_delta"),
-    "LoRA: dropout not replayed in dx": OwnMutation(SHRINK, [("acc = tl.where(dropout_keep(seed, o_j - begin, column, site, step, threshold, BLOCK_N), acc, 0.0)", "acc = acc")], ("accuracy",), "lora_delta"),
-    "LoRA: mask of another step in dA": OwnMutation(LORA, [("dropout_keep(seed, uid0 + o_j, column, site, step, ", "dropout_keep(seed, uid0 + o_j, column, site, step + 1, ")], ("accuracy",), "lora_delta"),
+    "LoRA: dropout not replayed in dx": OwnMutation(SHRINK, [("acc = tl.where(keep_tile(mask, bits, b_p, m_row, o_j - begin, column, BLOCK_N), acc, 0.0)", "acc = acc")], ("accuracy",), "lora_delta"),
+    "LoRA: mask of another step in dA": OwnMutation(LORA, [("keep_tile(mask, bits, b_p, m_j, uid0 + o_j, ", "keep_tile((mask[0], mask[1], mask[2], mask[3] + 1), bits, b_p, m_j, uid0 + o_j, ")], ("accuracy",), "lora_delta"),
     "LoRA: seed of the first adapter for all": OwnMutation("_lora.py", [("field(table_ptr, n_columns, column, SEED)", "field(table_ptr, n_columns, 0, SEED)")], ("accuracy",), "lora_delta"),
     "LoRA: kept elements not scaled up": OwnMutation(SHRINK, [("alpha = dropout_scale(mask[0], DROPOUT)", "alpha = 1.0")], ("accuracy",), "lora_delta"),
     "LoRA: wrong adapter of a tile": OwnMutation("_common.py", [("(b_end <= tile)", "(b_end < tile)")], ("accuracy", "virtual"), "lora_delta"),
@@ -86,6 +86,9 @@ MUTATIONS = {
     "LoRA: other slots of a row expanded too": OwnMutation(EXPAND, [("m_row &= b_p % n_slots == slot", "m_row &= slot >= 0")], ("probe", "virtual"), "lora_delta:gates"),
     "LoRA: gate of another position": OwnMutation(EXPAND, [("if gates_ptr is not None:\n        c *= tl.load(gates_ptr + b_p,", "if gates_ptr is not None:\n        c *= tl.load(gates_ptr + o_j,")], ("accuracy",), "lora_delta:gates"),
     "LoRA: columns of another target": OwnMutation("_lora.py", [("begins = _repeat([sum(widths[:g]) for", "begins = _repeat([0 for")], ("probe",), "lora_linear:group"),
+    "bits: halves of a word swapped": OwnMutation("_common.py", [("tl.join(tl.join(b_bits, b_bits >> 4), tl.join(b_bits >> 2, b_bits >> 6))", "tl.join(tl.join(b_bits >> 4, b_bits), tl.join(b_bits >> 6, b_bits >> 2))")], ("accuracy",), "lora_shrink:bitmask"),
+    "bits: byte of the first columns": OwnMutation(LORA, [("o_b = column // 8 + tl.arange(0, BLOCK_C // 8)", "o_b = tl.arange(0, BLOCK_C // 8)")], ("accuracy",), "lora_shrink:bitmask"),
+    "bits: of the row in the adapter's order": OwnMutation(LORA, [("p_bits = bits[0] + b_p[:, None].to(tl.int64) * bits[1] + o_b[None, :]\n        return", "p_bits = bits[0] + uid[:, None].to(tl.int64) * bits[1] + o_b[None, :]\n        return")], ("accuracy",), "lora_shrink:bitmask"),
     "base: mask on the frozen layer too": OwnMutation(BASE, [("    o_n = column + tl.arange(0, BLOCK_N)\n    p_dx", MASKED_BASE)], ("accuracy",), INVARIANT),
     "base: columns past the last one read": OwnMutation(BASE, [("b_x = tl.load(p_x, mask=m_k[None, :], other=0.0)", "b_x = tl.load(p_x)")], ("probe",), INVARIANT, options=dict(n_in=70)),
     "base: adapters' part not scaled": OwnMutation(BASE, [("            acc *= c\n", "")], ("accuracy",), INVARIANT),
