@@ -25,12 +25,13 @@ class Invocations:
 
     def find(self, input_ids, ids, cache):
         """Set the offsets from the last invocation in each sequence; False where those of before stay."""
-        if self.given or ids.dim() != 1 or input_ids.dim() != 2 or input_ids.is_floating_point() or len(ids) != len(input_ids):
+        if self.given or input_ids.dim() != 2 or input_ids.is_floating_point() or ids.shape not in ((), input_ids.shape[:1]):
             return False
         if self.offsets is not None and cache is not None and cache.get_seq_length():
             return False  # generation goes on from a prompt that was looked at
-        ids, length = ids.to(input_ids.device), input_ids.shape[1]
-        self.offsets = torch.zeros_like(ids)
+        length, before = input_ids.shape[1], self.offsets
+        ids = ids.to(input_ids.device).expand(len(input_ids))
+        self.offsets = torch.zeros(ids.shape, dtype=torch.int64, device=ids.device)
         for adapter, tokens in self.tokens.items():
             n = len(tokens)
             if n > length:
@@ -39,17 +40,20 @@ class Invocations:
             match = (input_ids.unfold(1, n, 1) == wanted).all(-1)
             offset = (length - torch.arange(length - n + 1, device=input_ids.device)).where(match, length + 1).amin(1)
             self.offsets = torch.where((ids == adapter) & match.any(1), offset, self.offsets)
+        if before is not None and torch.is_grad_enabled() and not torch.equal(before, self.offsets):
+            raise RuntimeError("adapters: a second batch in this block has other aLoRA invocations; open a new block for each micro-batch")
         return True
 
     def cut(self, ids, lead, module):
         """Ids per token for rows of shape `lead`; ids given per token stay as they are."""
-        if not self.tokens or ids.dim() != 1 or ids.shape == lead and self.offsets is None:
+        if not self.tokens or ids.dim() > 1 or self.offsets is None and ids.shape == lead:
             return ids
-        if ids.shape != lead[:1] or len(lead) > 2:
-            return ids
-        mine = torch.isin(ids, torch.tensor([*self.tokens], device=ids.device))
         if self.offsets is None:
             raise ValueError(f"{module}: aLoRA adapters begin at their invocation, and no input_ids were seen; pass input_ids, or ids per token (mtkernels.alora_ids)")
+        if len(lead) > 2 or len(self.offsets) != lead[0]:
+            raise ValueError(f"{module}: rows {tuple(lead)} of {len(self.offsets)} sequences; aLoRA takes [sequences, tokens], give ids per token (mtkernels.alora_ids)")
+        ids = ids.expand(lead[0])
+        mine = torch.isin(ids, torch.tensor([*self.tokens], device=ids.device))
         offsets = self.offsets
         if not isinstance(offsets, torch.Tensor):
             offsets = torch.tensor([0 if o is None else int(o) for o in offsets], dtype=torch.int64)
