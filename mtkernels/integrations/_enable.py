@@ -50,6 +50,8 @@ def enable(model, train=None, *, verbose=True):
         layers changes: parameters, names, state_dict and files on disk stay as they are. Calling it again is safe.
     train: names of adapters to unfreeze (PEFT leaves only the active one trainable; `disable` does not freeze them again).
     verbose: print the report.
+    Taken: Linear with plain LoRA, DoRA and aLoRA adapters (these start where PEFT's invocation tokens last occur in
+    input_ids; ids per token are taken as they are), Embedding with plain LoRA, bitsandbytes' Linear4bit.
     Declined layers keep PEFT's own forward, and raise inside `adapters`, where that would serve rows with the wrong adapter.
     Returns a Report. Raises ValueError for names in `train` that the model does not have.
     """

@@ -124,7 +124,9 @@ def bank_of(layer, names, factors):
     B = [empty_B if f is None else f.B for f in present]
     scales = tuple(0.0 if f is None else float(f.scale) for f in present)
     dropouts = tuple(0.0 if f is None else f.dropout for f in present)
-    return LoraBank(A, B, [a.shape[0] for a in A], "separate", bias, *small_tensors(layer._mtkernels.model, names, scales, dropouts, first.A.device))
+    bank = LoraBank(A, B, [a.shape[0] for a in A], "separate", bias, *small_tensors(layer._mtkernels.model, names, scales, dropouts, first.A.device))
+    bank.has_dropout = any(dropouts)
+    return bank
 
 
 def small_tensors(model, names, scales, dropouts, device):

@@ -11,11 +11,12 @@ from mtkernels import checkpoint_context
 from mtkernels.integrations import adapters, disable, enable
 
 TABLE = [*TARGETS["llama"], "embed_tokens"]
+CAUSAL = {"task_type": "CAUSAL_LM"}  # PEFT looks for invocations in such a model only
 KINDS = {
     "dora": [lora(4, use_dora=True), lora(3), lora(2, ["q_proj"], use_dora=True)],
     "embedding": [lora(4, TABLE), lora(3), lora(2, ["embed_tokens"])],
-    "alora": [lora(4, alora_invocation_tokens=[5, 6]), lora(3), lora(2, alora_invocation_tokens=[7])],
-    "together": [lora(4, use_dora=True), lora(3, TABLE), lora(2, alora_invocation_tokens=[7])],
+    "alora": [lora(4, alora_invocation_tokens=[5, 6], **CAUSAL), lora(3), lora(2, alora_invocation_tokens=[7])],
+    "together": [lora(4, use_dora=True, **CAUSAL), lora(3, TABLE), lora(2, alora_invocation_tokens=[7])],
 }
 IDS = torch.tensor([1, 0, -1, 2, 2, 0])
 
@@ -163,6 +164,7 @@ def test_nf4_base_runs_lora_delta():
     model = nn.Sequential(bnb.nn.Linear4bit(64, 32, compute_dtype=torch.float32, quant_type="nf4"))
     model[0].weight = bnb.nn.Params4bit(torch.randn(32, 64), requires_grad=False, quant_type="nf4")
     model = model.to("cpu")
+    model.is_loaded_in_4bit = True  # as transformers marks it
     stock = wrap(model, [lora(4, ["0"]), lora(3, ["0"], use_dora=True)])
     enabled = copy.deepcopy(stock)
     report = enable(enabled, train=names(enabled), verbose=False)
