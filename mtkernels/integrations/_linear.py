@@ -47,7 +47,7 @@ class Routed:
 
     def _apply_bank(self, x, y, names, factors, plan, args, kwargs):
         base, site, bank = self.base_layer, self._mtkernels.site, bank_of(self, names, factors)
-        magnitudes = [f.magnitude if (f := factors.get(name)) is not None else None for name in names]
+        magnitudes = [factors[name].magnitude if name in factors else None for name in names]
         dora = any(m is not None for m in magnitudes)
         if y is None and not args and not kwargs and is_plain_linear(base):
             if dora:
