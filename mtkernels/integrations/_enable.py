@@ -50,6 +50,8 @@ def enable(model, train=None, *, verbose=True):
         layers changes: parameters, names, state_dict and files on disk stay as they are. Calling it again is safe.
     train: names of adapters to unfreeze (PEFT leaves only the active one trainable; `disable` does not freeze them again).
     verbose: print the report.
+    Taken: Linear with plain LoRA, DoRA and aLoRA adapters (these start where PEFT's invocation tokens last occur in
+    input_ids; ids per token are taken as they are), Embedding with plain LoRA, bitsandbytes' Linear4bit.
     Declined layers keep PEFT's own forward, and raise inside `adapters`, where that would serve rows with the wrong adapter.
     Returns a Report. Raises ValueError for names in `train` that the model does not have.
     """
@@ -116,10 +118,10 @@ def _owners(model):
 
 def _shared_of(owner, prefix):
     from .context import EnabledModel
-    from .peft import MtLoraLinear
+    from .peft import STOCK
 
     for module in owner.modules():
-        if type(module) is MtLoraLinear and module._mtkernels.model.peft_config is owner.peft_config:
+        if type(module) in STOCK and module._mtkernels.model.peft_config is owner.peft_config:
             shared = module._mtkernels.model
             if shared.root() is not owner:
                 shared._attach(owner)
@@ -134,17 +136,17 @@ def _unfreeze(model, names):
     for name in names:
         parameters = [p for layer in layers for p in lora_parameters(layer, name)]
         if not parameters:
-            have = sorted({n for layer in layers for n in layer.lora_A})
+            have = sorted({n for layer in layers for n in (*layer.lora_A, *layer.lora_embedding_A)})
             raise ValueError(f"enable: train names {name!r}, but the model has {', '.join(map(repr, have))}")
         for p in parameters:
             p.requires_grad_(True)
 
 
 def _runs(module):
-    from .peft import _is_plain_linear
+    from .peft import op_of
 
-    op = "lora_linear" if _is_plain_linear(module.base_layer) else "lora_delta"
-    return f"{op} ({_backends.explain(op, module.base_layer.weight).chosen})"
+    op, like = op_of(module)
+    return f"{op} ({_backends.explain('dora' if 'dora' in op else op, like).chosen})"
 
 
 def disable(model):
@@ -156,8 +158,8 @@ def disable(model):
 
     for module in model.modules():
         peft.unguard(module, (peft.Guard, peft.LossForwarder, Departure, Planner))
-        if type(module) is peft.MtLoraLinear:
-            module.__class__ = peft.Linear
+        if type(module) in peft.STOCK:
+            module.__class__ = peft.STOCK[type(module)]
         elif type(module) is peft.MtLoraModel:
             module.__class__ = peft.LoraModel
         else:

@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from ..ops import group_plan
-from ..plan import as_step
+from ..plan import alora_ids, as_step
+from .alora import Invocations, invocation_tokens
 from .ids import resolve
 
 _MODELS = weakref.WeakSet()
@@ -35,8 +36,9 @@ _local = _Local()
 class View:
     """The ids of one micro-batch as one model reads them, with the plans made from them."""
 
-    def __init__(self, names, ids, step=None, keep_step=True):
+    def __init__(self, names, ids, step=None, keep_step=True, invocations=None, offsets=None):
         self.names, self.ids, self.step, self.keep_step = names, ids, step, keep_step
+        self.invocations = Invocations(invocations or (), offsets)
         self.plans = []
         self.forwards, self.recomputes = {}, {}
 
@@ -53,7 +55,7 @@ class View:
         for shape, where, plan in self.plans:
             if shape == lead and where == device:
                 return plan
-        rows = _expand(self.ids, lead, module).to(device)
+        rows = _expand(self.invocations.cut(self.ids, lead, module), lead, module).to(device)
         plan = group_plan(rows, len(self.names), step=0 if self.step is None else self.step.to(device))
         self.plans.append((lead, device, plan))
         return plan
@@ -162,13 +164,15 @@ class EnabledModel:
         self.seeds[name] = int(torch.randint(-(2**63), 2**63 - 1, ()))
         return self.seeds[name]
 
-    def named_view(self, adapter_names):
+    def named_view(self, adapter_names, offsets=None):
         """The view of PEFT's own adapter_names=, which reaches every layer as a list."""
         wanted, names = tuple(adapter_names), self.names()
         if torch.is_grad_enabled():
             self.strict = True
-        if self._named is None or self._named[0] != (wanted, names):
-            self._named = (wanted, names), View(names, resolve(list(wanted), names)[0], keep_step=False)
+        key = wanted, names, None if offsets is None else tuple(offsets)
+        if self._named is None or self._named[0] != key:
+            ids, offsets = resolve(list(wanted), names)[0], offsets or [None] * len(wanted)  # no offsets: PEFT runs the base alone
+            self._named = key, View(names, ids, keep_step=False, invocations=invocation_tokens(self.peft_config), offsets=offsets)
         return self._named[1]
 
     def uniform_plan(self, n_rows, x, dropout):
@@ -186,6 +190,13 @@ class EnabledModel:
         return plan.with_step(None) if dropout else plan
 
 
+    def invoked_plan(self, lead, x, offsets, dropout):
+        """The plan of an active aLoRA adapter outside `adapters`: PEFT's offsets; None = the base alone, as PEFT has it."""
+        rows = torch.zeros(lead[0], dtype=torch.int32, device=x.device)
+        ids = alora_ids(rows, [None] * len(rows) if offsets is None else offsets, lead[1] if len(lead) > 1 else 1)
+        return group_plan(ids.reshape(-1), 1, step=None if dropout else 0)
+
+
 def _one_group(n_rows, device):
     return group_plan(torch.zeros(n_rows, dtype=torch.int32, device=device), 1, step=0)
 
@@ -193,8 +204,8 @@ def _one_group(n_rows, device):
 class AdapterBatch:
     """The context manager behind `adapters`: one micro-batch, whose plan and dropout counter live as long as it does."""
 
-    def __init__(self, ids, models=None):
-        self.ids, self._models = ids, models
+    def __init__(self, ids, models=None, offsets=None):
+        self.ids, self._models, self._offsets = ids, models, offsets
         self._views = None
 
     def __enter__(self):
@@ -220,7 +231,7 @@ class AdapterBatch:
                 model.refresh()
                 ids, used = resolve(self.ids, model.names())
                 self._require_trainable(model, used)
-                views[model.key] = View(model.names(), ids, model.draw_step())
+                views[model.key] = View(model.names(), ids, model.draw_step(), invocations=invocation_tokens(model.peft_config), offsets=self._offsets)
                 good.append(model)
             except (ValueError, IndexError, RuntimeError) as error:
                 views[model.key] = error.with_traceback(None)
@@ -363,6 +374,8 @@ class Planner:
             lead, tokens = embeds.shape[:2], embeds
         else:
             return
+        if view.invocations and view.invocations.find(tokens, view.ids, kwargs.get("past_key_values")):
+            view.plans = []
         if view.ids.shape == lead[: view.ids.dim()]:
             view.plan(lead, tokens.device, self.model.prefix)
 

@@ -11,7 +11,7 @@ from torch import nn
 from mtkernels.integrations import adapters, enable
 
 
-def test_dora_added_later_never_runs_as_plain_lora():
+def test_dora_added_later_runs_as_dora():
     stock, enabled = pair()
     for model in (stock.eval(), enabled.eval()):
         torch.manual_seed(7)
@@ -19,8 +19,8 @@ def test_dora_added_later_never_runs_as_plain_lora():
         model.set_adapter("dora")
     x = tokens()
     torch.testing.assert_close(enabled(input_ids=x).logits, stock(input_ids=x).logits, rtol=1e-4, atol=1e-5)
-    with torch.no_grad(), pytest.raises(RuntimeError, match="q_proj: cannot serve.*DoraLinearVariant"), adapters([0] * 6):
-        enabled(input_ids=x)
+    with torch.no_grad(), adapters("dora"):
+        torch.testing.assert_close(enabled(input_ids=x).logits, stock(input_ids=x).logits, rtol=1e-4, atol=1e-5)
 
 
 def declined(configs, kind="llama", prepare=None, model=None):
@@ -47,14 +47,18 @@ class Attention(nn.Module):
 
 
 def test_declined_variants_are_named():
-    rows, _ = declined([lora(4, use_dora=True)])
-    assert len(rows) == 6 and all("adapter 'ad0' uses DoraLinearVariant" in why for why in rows.values())
+    rows, _ = declined([lora(4, init_lora_weights="mica")])
+    assert len(rows) == 6 and all("adapter 'ad0' uses MiCALinearVariant" in why for why in rows.values())
     rows, _ = declined([lora(4)], prepare=lambda m: m.merge_adapter())
     assert all("'ad0' are merged into the base weight; call unmerge_adapter()" in why for why in rows.values())
     rows, report = declined([lora(4, modules_to_save=["lm_head"])])
     assert list(rows) == ["lm_head"] and "modules_to_save" in rows["lm_head"] and len(report.swapped) == 6
-    rows, _ = declined([lora(4, ["embed_tokens"])])
-    assert "LoRA on an embedding is not supported yet" in rows["embed_tokens"]
+    rows, _ = declined([lora(4, ["embed_tokens"], use_dora=True)])
+    assert "DoraEmbeddingVariant; plain LoRA is supported on embeddings" in rows["embed_tokens"]
+    sparse = base_model()
+    sparse.model.embed_tokens.sparse = True
+    rows, _ = declined([lora(4, ["embed_tokens"])], model=sparse)
+    assert "sparse=True, which PEFT also applies" in rows["embed_tokens"]
     rows, _ = declined([lora(4)], prepare=lambda m: layers(m)[0].lora_A["ad0"].to(torch.bfloat16) and layers(m)[0].lora_A["ad0"].register_forward_hook(lambda *_: _[-1].float()))
     assert "a Linear with hooks" in rows["layers.0.self_attn.q_proj"] and len(rows) == 1
     rows, _ = declined([lora(4, ["attn", "conv"])], model=Attention())
