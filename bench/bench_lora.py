@@ -23,7 +23,7 @@ EVEN = dict(T=2048, D=1024, O=1024, ranks=(4, 8, 8, 16, 16, 32, 64, 64), p=0.0)
 WIDE = {**EVEN, "ranks": (16, 32, 64, 16, 32, 64, 16, 32)}
 SKEWED = {**EVEN, "shares": (0.05, 0.25, 0.008, 0.333, 0.1, 0.07, 0.16, 0.029)}
 # The jit function of triton_kernels/lora_base.py that multiplies by the frozen weight.
-BASE_DOT = "_base_dot"
+BASE_DOT = "base_dot"
 DELTA = {**EVEN, "T": 512, "D": 512, "O": 512}
 BARS = {
     "fp32": (Bar("cpu", "base", 1.20),),

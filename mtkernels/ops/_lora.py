@@ -183,4 +183,4 @@ def flat_gates(op, gates, plan, like):
         raise ValueError(f"{op}: gates is {got}; give one per id of the plan, {tuple(plan.shape)}")
     if gates.device != like.device:
         raise ValueError(f"{op}: gates is on {gates.device}, the bank on {like.device}; move them to one device")
-    return gates.reshape(-1).to(like.dtype)
+    return gates.reshape(-1).to(like.dtype).contiguous()
