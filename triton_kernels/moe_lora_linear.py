@@ -280,7 +280,7 @@ def moe_lora_linear_bwd(
 
 
 def compile_cases(arch):
-    """bf16, float32, float32 factors over bf16 rows; `.ragged`: sizes that are multiples of nothing, K slots, gates and their gradient."""
+    """bf16, float32, float32 factors over bf16 rows; `.ragged`: sizes that are no multiples of the tiles, K slots, gates and their gradient."""
     for variant, rows, s in (("bf16", torch.bfloat16, torch.bfloat16), ("fp32", torch.float32, torch.float32), ("mixed", torch.bfloat16, torch.float32)):
         for name, kernel in (("fwd", _moe_fwd_kernel), ("dx", _moe_dx_kernel)):
             for suffix in ("", ".ragged"):
@@ -305,5 +305,4 @@ def _case(name, kernel, options, rows, s, even):
         EVEN_K=even, TILE_INDEX=tile_index(options["BLOCK_M"]), stride_d=1, **(dict(gates_ptr=None, parts_ptr=None, n_slots=1, slots_x=1, slots_y=1) if even else {}),
     )  # fmt: skip
     fixed = {k: v for k, v in fixed.items() if k in kernel.arg_names}
-    unaligned = () if even else ("stride_x", "stride_dy", "stride_dx", "stride_z", "d_in", "d_out")
-    return compile_case(name, kernel, types, options, tensor_cores=rows != torch.float32, unaligned=unaligned, **fixed)
+    return compile_case(name, kernel, types, options, tensor_cores=rows != torch.float32, **fixed)
