@@ -87,11 +87,20 @@ struct BasePart {
 };
 
 struct BaseCall {
-  Element type;
+  Element type, y_type;
   int64_t M, N, n_parts;
   const BasePart* parts;
   const void* bias;  // [N] or null
-  void* y;           // [M, N]
+  void* y;           // columns from y_col on
+  int64_t y_stride, y_col;
+  const int32_t *x_rows, *y_rows;  // of the M rows; null: in order
+  // What the experts of a MoE want beside: dots[col0 / kBaseCols][y row] = y . z[z row] over a tile's columns, then y *= gates[y row]. Null: neither.
+  const void* z;
+  int64_t z_stride;
+  const int32_t* z_rows;
+  float* dots;
+  int64_t dots_stride;
+  const float* gates;
 };
 
 constexpr int64_t kBaseRows = 360;
@@ -111,6 +120,8 @@ struct LoraKernels {
   LoraKernel reduce_A, reduce_B;
   int64_t (*base_scratch)();
   void (*base)(const BaseCall&, int64_t row0, int64_t row1, int64_t col0, int64_t col1, float* scratch);
+  // out[n] = sum of n floats at z, z + stride, ..., in this order.
+  void (*sum_rows)(const float* z, int64_t stride, int64_t count, int64_t n, Element type, void* out);
 };
 
 extern const LoraKernels lora_generic;

@@ -234,6 +234,6 @@ static void reduce_B(const LoraCall& call, const LoraItem& item, float* scratch)
   }
 }
 
-#define MTK_LORA_KERNELS(isa) {isa::d_stride, isa::lora_scratch, isa::shrink, isa::expand, isa::backward_y, isa::finish_d, isa::backward_x, isa::reduce_A, isa::reduce_B, isa::base_scratch, isa::base}
+#define MTK_LORA_KERNELS(isa) {isa::d_stride, isa::lora_scratch, isa::shrink, isa::expand, isa::backward_y, isa::finish_d, isa::backward_x, isa::reduce_A, isa::reduce_B, isa::base_scratch, isa::base, isa::sum_rows}
 
 }  // namespace mtk::cpu::MTK_ISA

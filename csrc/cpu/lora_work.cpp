@@ -170,6 +170,18 @@ void run_expand(const LoraPlan& plan) {
   run(plan, items, lora_kernels().expand, in_order);
 }
 
+void run_expand(const LoraPlan& plan, int64_t col0, int64_t col1) {
+  Items items;
+  add_row_items(plan, 0, col0, col1, items);
+  run(plan, items, lora_kernels().expand, false);
+}
+
+void run_dx(const LoraPlan& plan, int64_t col0, int64_t col1) {
+  Items items;
+  add_row_items(plan, -1, col0, col1, items);
+  run(plan, items, lora_kernels().backward_x, false);
+}
+
 void run_backward_y(LoraPlan& plan, const Tensor& like) {
   const LoraKernels& kernels = lora_kernels();
   for (LoraTarget& t : plan.targets) {
