@@ -30,9 +30,11 @@ static void finish_base(const BaseCall& call, int64_t i, const float* acc, int64
       const int count = static_cast<int>(least(kWidth, n - j));
       vstore(line + j, vadd(vload(line + j, count), vload(at<T>(call.bias, col0 + j), count)), count);
     }
-    if (call.dots) call.dots[col0 / kBaseCols * call.dots_stride + y_row] = line_dot(line, at<T>(call.z, call.z_rows[i] * call.z_stride + col0), n);
+    if (call.dots)
+      call.dots[col0 / kBaseCols * call.dots_stride + y_row] = line_dot(line, at<T>(call.z, call.z_rows[i] * call.z_stride + col0), n);
   });
-  MTK_WITH_TYPE(call.y_type, T, copy_out(line, n, call.gates ? call.gates[y_row] : 1.f, static_cast<T*>(call.y) + y_row * call.y_stride + col0 - call.y_col));
+  const float gate = call.gates ? call.gates[y_row] : 1.f;
+  MTK_WITH_TYPE(call.y_type, T, copy_out(line, n, gate, static_cast<T*>(call.y) + y_row * call.y_stride + col0 - call.y_col));
 }
 
 // y[row0..row1][col0..col1]: panels widened to fp32 in cache, one rounding at the end.

@@ -94,7 +94,7 @@ struct BaseCall {
   void* y;           // columns from y_col on
   int64_t y_stride, y_col;
   const int32_t *x_rows, *y_rows;  // of the M rows; null: in order
-  // What the experts of a MoE want beside: dots[col0 / kBaseCols][y row] = y . z[z row] over a tile's columns, then y *= gates[y row]. Null: neither.
+  // For the experts of a MoE; null: neither. dots[col0 / kBaseCols][y row] = y . z[z row] over a tile's columns, then y *= gates[y row].
   const void* z;
   int64_t z_stride;
   const int32_t* z_rows;

@@ -86,8 +86,8 @@ void add_column_items(const LoraPlan& plan, int64_t target, int64_t cols, Items&
     const int64_t n = plan.groups[i].n, groups = row_groups(n), ranks = item_ranks(plan, target, i);
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t row0 = cut(n, groups, g), row1 = cut(n, groups, g + 1);
-      const int64_t most = std::max<int64_t>(1, pieces), balanced = alike ? most : std::clamp<int64_t>(ceil_div(cost(ranks, row1 - row0), share), 1, most);
-      const int64_t parts = num_threads() == 1 ? 1 : balanced;
+      const int64_t most = num_threads() == 1 ? 1 : std::max<int64_t>(1, pieces);
+      const int64_t parts = alike ? most : std::clamp<int64_t>(ceil_div(cost(ranks, row1 - row0), share), 1, most);
       const int64_t width = ceil_div(pieces, parts) * piece;
       for (int64_t col = 0; col < cols; col += width) items.push_back({i, target, row0, row1, col, std::min(cols, col + width), g});
     }

@@ -40,34 +40,40 @@ std::vector<int32_t> rows_of(const LoraPlan& plan, int64_t rows) {
   return found;
 }
 
+const void* of_expert(const Tensor& t, size_t e) {
+  return static_cast<const char*>(t.data_ptr()) + static_cast<int64_t>(e) * t.stride(0) * static_cast<int64_t>(t.element_size());
+}
+
 // One product per expert, of the rows of its positions: by W_e^T or by W_e, or by b_e.
 class Experts {
  public:
-  Experts(const LoraPlan& plan, const Tensor& rows, const Tensor& weight) : starts_(weight.size(0) + 1), from_(rows_of(plan, rows.size(0))) {
-    const int64_t n = plan.call.n_groups / weight.size(0);
-    for (size_t e = 0; e < starts_.size(); ++e) starts_[e] = e * n < plan.groups.size() ? plan.groups[e * n].positions - plan.perm : plan.n_owned;
+  Experts(const LoraPlan& plan, const Tensor& rows, const Tensor& weight)
+      : starts_(static_cast<size_t>(weight.size(0)) + 1), from_(rows_of(plan, rows.size(0))), rows_{rows.data_ptr(), rows.stride(0)}, perm_(plan.perm) {
+    const size_t n = plan.groups.size() / static_cast<size_t>(weight.size(0));
+    for (size_t e = 0; e + 1 < starts_.size(); ++e) starts_[e] = plan.groups[e * n].positions - plan.perm;
+    starts_.back() = plan.n_owned;
     parts_.resize(starts_.size() - 1);
     shared_.type = element_of(weight.scalar_type());
     shared_.y_type = Element::f32;
     shared_.n_parts = 1;
-    perm_ = plan.perm;
-    rows_ = {rows.data_ptr(), rows.stride(0)};
   }
 
   // w(k, n) of expert e at w + e * stride, k * k_stride, n * n_stride elements.
   void multiply_by(const Tensor& w, int64_t k_stride, int64_t n_stride, int64_t K, int64_t N) {
     STD_TORCH_CHECK(k_stride == 1 || n_stride == 1, "weight is ", describe(w), "; give it unit stride in one of the last two dimensions");
-    for (size_t e = 0; e < parts_.size(); ++e)
-      parts_[e] = {rows_.data, static_cast<const char*>(w.data_ptr()) + static_cast<int64_t>(e) * w.stride(0) * static_cast<int64_t>(w.element_size()), rows_.stride, k_stride, n_stride, K};
+    for (size_t e = 0; e < parts_.size(); ++e) parts_[e] = {rows_.data, of_expert(w, e), rows_.stride, k_stride, n_stride, K};
     shared_.N = N;
   }
 
-  void add(const Tensor& bias) { bias_ = static_cast<const char*>(bias.data_ptr()), bias_step_ = bias.stride(0) * static_cast<int64_t>(bias.element_size()); }
+  void add(const Tensor& bias) {
+    for (size_t e = 0; e < parts_.size(); ++e) bias_.push_back(of_expert(bias, e));
+  }
   void scale_by(const float* gates) { shared_.gates = gates; }
 
   void dot_with(const Tensor& z, const LoraPlan& plan, float* dots) {
     z_rows_ = rows_of(plan, z.size(0));
-    shared_.z = z.data_ptr(), shared_.z_stride = z.stride(0), shared_.dots = dots, shared_.dots_stride = plan.n_positions;
+    shared_.z = z.data_ptr(), shared_.z_stride = z.stride(0);
+    shared_.dots = dots, shared_.dots_stride = plan.n_positions;
   }
 
   // Columns of the block, one row of y per position.
@@ -82,12 +88,14 @@ class Experts {
       BaseCall& call = calls[e];
       const int64_t at = starts_[e], M = call.M = starts_[e + 1] - at;
       call.parts = &parts_[e];
-      call.bias = bias_ ? bias_ + static_cast<int64_t>(e) * bias_step_ : nullptr;
+      call.bias = bias_.empty() ? nullptr : bias_[e];
       call.y = y, call.y_stride = y_stride, call.y_col = block.col0;
-      call.x_rows = from_.data() + at, call.y_rows = perm_ + at, call.z_rows = z_rows_.data() + (z_rows_.empty() ? 0 : at);
+      call.x_rows = from_.data() + at, call.y_rows = perm_ + at;
+      call.z_rows = z_rows_.empty() ? nullptr : z_rows_.data() + at;
       const int64_t rows = M ? ceil_div(ceil_div(M, ceil_div(M, kBaseRows)), 12) * 12 : 1;
       for (int64_t col = block.col0; col < block.col1; col += kBaseCols)
-        for (int64_t row = 0; row < M; row += rows) items.push_back({e, row, std::min(M, row + rows), col, std::min(block.col1, col + kBaseCols)});
+        for (int64_t row = 0; row < M; row += rows)
+          items.push_back({e, row, std::min(M, row + rows), col, std::min(block.col1, col + kBaseCols)});
     }
     const LoraKernels& kernels = lora_kernels();
     run_items(static_cast<int64_t>(items.size()), kernels.base_scratch(), [&](int64_t i, float* scratch) {
@@ -103,8 +111,7 @@ class Experts {
   BaseCall shared_ = {};
   RowMatrix rows_;
   const int32_t* perm_;
-  const char* bias_ = nullptr;
-  int64_t bias_step_ = 0;
+  std::vector<const void*> bias_;
 };
 
 // make(z, stride, block) writes the owned positions' rows of a block of the N columns in float32; then y [rows, N], if given, is their sum
@@ -113,8 +120,8 @@ template <class Make>
 void sum_positions(const LoraPlan& plan, const Tensor& like, int64_t N, OptionalTensor y, const Make& make) {
   const int64_t P = plan.n_positions, rows = y ? y->size(0) : 0, slots = rows ? P / rows : 1;
   const bool direct = y && slots == 1 && y->scalar_type() == ScalarType::Float;
-  const int64_t held = std::max<int64_t>(1, kHeldFloats / std::max<int64_t>(P, 1) / kBaseCols) * kBaseCols, width = direct ? N : std::min(N, held);
   if (P == 0 || N == 0) return;
+  const int64_t held = std::max<int64_t>(1, kHeldFloats / P / kBaseCols) * kBaseCols, width = direct ? N : std::min(N, held);
   Tensor own = direct ? *y : empty(like, {P, width}, ScalarType::Float);
   float* z = own.mutable_data_ptr<float>();
   for (int64_t col = 0; col < N; col += width) {
@@ -133,17 +140,24 @@ void sum_positions(const LoraPlan& plan, const Tensor& like, int64_t N, Optional
   }
 }
 
-// Column 0 of the block lies at z.
+// For items that count columns from the first of all; the block's first lies at z.
 RowMatrix block_at(float* z, int64_t stride, Block block) { return {z - block.col0, stride}; }
 
 void check_experts(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensors& A, const OptionalTensor& gates, int64_t positions) {
-  STD_TORCH_CHECK(weight.dim() == 3 && weight.size(0) && weight.scalar_type() == x.scalar_type(), "weight is ", describe(weight), "; give [E, O, D] of ",
-                  dtype_name(x.scalar_type()));
-  STD_TORCH_CHECK(A.size() > static_cast<size_t>(weight.size(0)) && static_cast<int64_t>(A.size()) % weight.size(0) == 0, A.size(), " of A for ", weight.size(0),
-                  " experts; give each as many adapters, and one of rank 0");
+  const ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK(weight.dim() == 3 && weight.size(0) && weight.scalar_type() == dtype, "weight is ", describe(weight), "; give [E, O, D] of ",
+                  dtype_name(dtype));
+  const int64_t E = weight.size(0), groups = static_cast<int64_t>(A.size());
+  STD_TORCH_CHECK(groups > E && groups % E == 0, groups, " of A for ", E, " experts; give each as many adapters, and one of rank 0");
   STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == weight.size(2), "x is ", describe(x), ", weight ", describe(weight), "; give x [rows, D]");
-  if (bias) STD_TORCH_CHECK(has_shape(*bias, {weight.size(0), weight.size(1)}) && bias->scalar_type() == x.scalar_type() && (bias->size(1) <= 1 || bias->stride(1) == 1), "bias is ", describe(*bias), "; give [E, O] with unit stride in the last dimension");
-  if (gates) STD_TORCH_CHECK(gates->scalar_type() == ScalarType::Float && gates->is_contiguous() && gates->dim() == 2 && gates->numel() == positions, "gates is ", describe(*gates), "; give a contiguous float32 [T, K]");
+  if (bias) {
+    check_rows("bias", *bias, E, weight.size(1));
+    STD_TORCH_CHECK(bias->scalar_type() == dtype, "bias is ", describe(*bias), "; give it the dtype of x, ", dtype_name(dtype));
+  }
+  if (gates) {
+    STD_TORCH_CHECK(gates->dim() == 2 && gates->numel() == positions, "gates is ", describe(*gates), "; give [T, K], one per position, ", positions);
+    check_dense("gates", *gates, {gates->size(0), gates->size(1)}, {ScalarType::Float});
+  }
 }
 
 const float* gates_of(const OptionalTensor& gates) { return gates ? gates->const_data_ptr<float>() : nullptr; }
@@ -199,7 +213,9 @@ void moe_lora_linear_bwd(Tensor dy, Tensor x, Tensor weight, OptionalTensor bias
                          Tensor threshold, Tensor seeds, OptionalTensor gates, Tensor offsets, Tensor perm, Tensor, Tensor step, int64_t site,
                          bool dropout, OptionalTensor dx, OptionalTensor dgates, OptionalTensor e, Tensors dA, Tensors dB, Tensors dbias) {
   check_experts(x, weight, bias, A, gates, perm.numel());
-  STD_TORCH_CHECK(!dgates || (gates && e), "dgates wants gates and e");
+  STD_TORCH_CHECK(!dgates || (gates && e), "dgates is given without gates or e; give both");
+  STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type(), "dy is ", describe(dy), "; give it the dtype of x, ", dtype_name(x.scalar_type()));
+  if (dx) check_dense("dx", *dx, {x.size(0), x.size(1)}, {x.scalar_type()});
   const int64_t E = weight.size(0), O = weight.size(1), D = weight.size(2), G = static_cast<int64_t>(A.size());
   LoraPlan plan(1, G, x.size(0), offsets, perm);
   plan.set_A(A, x);
@@ -220,7 +236,8 @@ void moe_lora_linear_bwd(Tensor dy, Tensor x, Tensor weight, OptionalTensor bias
   if (!dx && !dgates) return;
 
   Experts experts(plan, dy, weight);
-  const Tensor dots = empty(x, {ceil_div(D, kBaseCols), plan.n_positions}, ScalarType::Float), by_bias = empty(x, {plan.n_positions}, ScalarType::Float);
+  const Tensor dots = empty(x, {ceil_div(D, kBaseCols), plan.n_positions}, ScalarType::Float);
+  const Tensor by_bias = empty(x, {plan.n_positions}, ScalarType::Float);
   if (dgates && bias) {
     experts.multiply_by(*bias, 1, O, O, 1);
     experts.run(static_cast<float*>(by_bias.data_ptr()), 1, {0, 1});
@@ -236,7 +253,9 @@ void moe_lora_linear_bwd(Tensor dy, Tensor x, Tensor weight, OptionalTensor bias
     plan.call.dx = block_at(z, stride, block);
     if (dx) run_dx(plan, block.col0, block.col1);
   });
-  if (dgates) sum_gate_grad(plan, dots, bias ? by_bias.const_data_ptr<float>() : nullptr, e->const_data_ptr<float>(), dgates->mutable_data_ptr<float>());
+  if (!dgates) return;
+  check_dense("dgates", *dgates, {gates->size(0), gates->size(1)}, {ScalarType::Float});
+  sum_gate_grad(plan, dots, bias ? by_bias.const_data_ptr<float>() : nullptr, e->const_data_ptr<float>(), dgates->mutable_data_ptr<float>());
 }
 
 }  // namespace mtk::cpu
