@@ -84,6 +84,12 @@ def _bwd_fake(dy, s, x, weight, bias, A, B, lora_bias, scale, threshold, seeds, 
     return x.new_empty(x.shape if need_dx else 0), scale[0].new_empty(gates.shape if need_gates else 0), dscale, grads
 
 
+def _needs(ctx):
+    """Which want a gradient: x, every A, every B, every beta ([] without), the scale ([of the one target]), gates."""
+    need_x, _, _, need_A, need_B, need_bias, need_scale, _, _, _, _, need_gates, *_ = unpack(ctx.spec, ctx.needs_input_grad[1:])
+    return need_x, need_A, need_B, need_bias or [], need_scale, need_gates
+
+
 class _MoeLoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, spec, *flat):
@@ -91,8 +97,8 @@ class _MoeLoraLinear(torch.autograd.Function):
         with below_autograd():
             y, s = _op(*args)
         x, *rest, ctx.main_grad, ctx.backend = args
-        need_A, need_gates = (unpack(spec, ctx.needs_input_grad[1:])[i] for i in (3, 11))
         ctx.spec, ctx.x_shape = spec, x.shape
+        _, need_A, *_, need_gates = _needs(ctx)
         save(ctx, x if any(need_A) or need_gates else None, s, *rest)
         ctx.mark_non_differentiable(s)
         ctx.set_materialize_grads(False)
@@ -105,16 +111,16 @@ class _MoeLoraLinear(torch.autograd.Function):
         x, s, *rest = load(ctx)
         if x is None:  # only its shape is read
             x = dy.new_empty(1, ctx.x_shape[1]).expand(ctx.x_shape)
-        need_dx, _, _, need_A, need_B, need_bias, need_scale, _, _, _, _, need_gates, *_ = unpack(ctx.spec, ctx.needs_input_grad[1:])
-        need = [*need_A, *need_B, *(need_bias or [])]
-        wanted = need_dx, need, need_gates, any(need_scale), bool(ctx.main_grad)
+        need_x, need_A, need_B, need_bias, need_scale, need_gates = _needs(ctx)
+        need = [*need_A, *need_B, *need_bias]
+        wanted = need_x, need, need_gates, any(need_scale), bool(ctx.main_grad)
         dx, dgates, dscale, grads = _bwd_op(dy.contiguous(), s, x, *rest, *wanted, ctx.backend)
         if ctx.main_grad:
             grads = accumulate(ctx.main_grad, grads, need)
         grads = [g if w else None for g, w in zip(grads, need)] + [None] * (not need_bias)
         dscale = [g if w else None for g, w in zip(dscale, need_scale)]
         # weight, bias; then threshold, seeds, ranks, layouts
-        found = [None, dx if need_dx else None, None, None, *grads, *dscale, *[None] * 4, dgates if need_gates else None]
+        found = [None, dx if need_x else None, None, None, *grads, *dscale, *[None] * 4, dgates if need_gates else None]
         return *found, *(None,) * (len(ctx.needs_input_grad) - len(found))
 
 
