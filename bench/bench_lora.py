@@ -25,7 +25,7 @@ SKEWED = {**EVEN, "shares": (0.05, 0.25, 0.008, 0.333, 0.1, 0.07, 0.16, 0.029)}
 DROPPED = {**EVEN, "p": 0.05}
 KEPT = {**DROPPED, "dropout_mode": "bitmask"}
 # The jit function of triton_kernels/lora_base.py that multiplies by the frozen weight.
-BASE_DOT = "_base_dot"
+BASE_DOT = "base_dot"
 DELTA = {**EVEN, "T": 512, "D": 512, "O": 512}
 BARS = {
     "fp32": (Bar("cpu", "base", 1.20),),

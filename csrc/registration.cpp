@@ -42,6 +42,13 @@ STABLE_TORCH_LIBRARY(mtkernels_C, m) {
       "swiglu_lora_shrink_bwd(Tensor dh, Tensor ds, Tensor gate, Tensor up, int act, Tensor[] A, Tensor[] threshold, Tensor[] seeds,"
       " Tensor offsets, Tensor perm, Tensor tiles, Tensor step, int[] sites, bool dropout, Tensor(a!)? dgate, Tensor(b!)? dup,"
       " Tensor(c!)[] dA) -> ()");
+  m.def(
+      "moe_lora_linear_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor[] A, Tensor[] B, Tensor[] lora_bias, Tensor scale, Tensor threshold,"
+      " Tensor seeds, Tensor? gates, Tensor offsets, Tensor perm, Tensor tiles, Tensor step, int site, bool dropout) -> (Tensor, Tensor)");
+  m.def(
+      "moe_lora_linear_bwd(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor s, Tensor[] A, Tensor[] B, Tensor[] lora_bias,"
+      " Tensor scale, Tensor threshold, Tensor seeds, Tensor? gates, Tensor offsets, Tensor perm, Tensor tiles, Tensor step, int site,"
+      " bool dropout, Tensor(a!)? dx, Tensor(b!)? dgates, Tensor(c!)? e, Tensor(d!)[] dA, Tensor(e!)[] dB, Tensor(f!)[] dbias) -> ()");
   m.def("lora_base_linear(Tensor x, Tensor w, Tensor? bias) -> Tensor");
   m.def("lora_base_dx(Tensor[] dys, Tensor[] ws) -> Tensor");
   m.def("cpu_has_fast_mkl() -> bool");
@@ -79,6 +86,8 @@ STABLE_TORCH_LIBRARY_IMPL(mtkernels_C, CPU, m) {
   m.impl("rmsnorm_lora_shrink_bwd", TORCH_BOX(&cpu::rmsnorm_lora_shrink_bwd));
   m.impl("swiglu_lora_shrink_fwd", TORCH_BOX(&cpu::swiglu_lora_shrink_fwd));
   m.impl("swiglu_lora_shrink_bwd", TORCH_BOX(&cpu::swiglu_lora_shrink_bwd));
+  m.impl("moe_lora_linear_fwd", TORCH_BOX(&cpu::moe_lora_linear_fwd));
+  m.impl("moe_lora_linear_bwd", TORCH_BOX(&cpu::moe_lora_linear_bwd));
   m.impl("lora_base_linear", TORCH_BOX(&cpu::lora_base_linear));
   m.impl("lora_base_dx", TORCH_BOX(&cpu::lora_base_dx));
   m.impl("lora_embedding_fwd", TORCH_BOX(&cpu::lora_embedding_fwd));

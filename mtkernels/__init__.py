@@ -32,12 +32,13 @@ from .ops import (
     lora_linear_group,
     lora_shrink,
     lora_swiglu_mlp,
+    moe_lora_linear,
     rmsnorm_lora_shrink,
     swiglu_lora_shrink,
     task_cross_entropy,
     task_reduce,
 )
-from .plan import GroupPlan, alora_ids
+from .plan import GroupPlan, alora_ids, expert_adapter_ids
 
 __version__ = "0.1.0"
 
@@ -56,6 +57,7 @@ __all__ = [
     "dora_rescale",
     "dora_scale",
     "enable",
+    "expert_adapter_ids",
     "explain",
     "group_plan",
     "lora_delta",
@@ -70,6 +72,7 @@ __all__ = [
     "lora_shrink",
     "lora_swiglu_mlp",
     "lora_unmerge_",
+    "moe_lora_linear",
     "rmsnorm_lora_shrink",
     "swiglu_lora_shrink",
     "task_cross_entropy",

@@ -83,3 +83,22 @@ def alora_ids(ids, offsets, length):
         raise ValueError(f"alora_ids: ids are {tuple(ids.shape)}, offsets {tuple(offsets.shape)}; give one of each per sequence [B]")
     active = torch.arange(length, device=ids.device) >= length - offsets[:, None]
     return torch.where(active, ids[:, None], -1)
+
+
+def expert_adapter_ids(experts, adapters, n_adapters):
+    """Ids for moe_lora_linear's plan: e (A + 1) + a for adapter a of expert e, and e (A + 1) + A for expert e without adapter.
+
+    experts: [T, K] or [T] int32/int64, -1 = the position goes to no expert. adapters: [T], one for all experts of a row, or as
+    experts; -1 = none. n_adapters: A, adapters of each expert. Returns int64 ids like experts, for group_plan(ids, E * (A + 1));
+    an adapter outside [-1, A) gives an id outside the groups, which group_plan handles as its `out_of_range` says.
+    """
+    if adapters.shape not in (experts.shape, experts.shape[:1]):
+        raise ValueError(
+            f"expert_adapter_ids: adapters are {tuple(adapters.shape)} for experts {tuple(experts.shape)}; give one per row, or one per expert of a row"
+        )
+    if not isinstance(n_adapters, int) or n_adapters < 1:
+        raise ValueError(f"expert_adapter_ids: n_adapters is {n_adapters!r}; give an int >= 1")
+    experts, adapters = experts.long(), adapters.long().view(*adapters.shape, *(1,) * (experts.dim() - adapters.dim()))
+    ids = experts * (n_adapters + 1) + torch.where(adapters == -1, n_adapters, adapters)
+    known = (adapters >= -1) & (adapters < n_adapters)
+    return torch.where(experts < 0, experts, torch.where(known, ids, torch.iinfo(torch.int32).max))

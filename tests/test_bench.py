@@ -26,6 +26,7 @@ TINY = {
     "dora": dict(T=24, D=16, O=12, ranks=(1, 3, 4)),
     "rmsnorm_lora_shrink": dict(T=24, D=16, ranks=(1, 3, 4), p=0.25),
     "swiglu_lora_shrink": dict(T=24, D=16, ranks=(1, 3, 4), p=0.25),
+    "moe_lora_linear": dict(T=24, K=2, E=2, D=16, O=12, ranks=(1, 3), p=0.25),
     "task_reduce": dict(T=40, J=3),
     "task_cross_entropy": dict(T=20, V=11, J=3),
 }

@@ -243,12 +243,12 @@ def test_fake_and_meta(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_autocast_as_torch(name):
-    """Under autocast the output has the dtype that nn.Linear (LoRA), the plain path (embedding, DoRA) or cross entropy (losses) would give."""
+    """Under autocast the output has the dtype that nn.Linear (LoRA, experts), the plain path (embedding, DoRA) or cross entropy (losses) would give."""
     problem = PROBLEMS[name](MIXED, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         out, plain = problem.fn(), problem.plain()
     as_plain = op_of(name) in ("lora_linear", "lora_embedding") or name.startswith("dora_")
-    assert out.dtype == (plain.dtype if as_plain else torch.bfloat16 if name.startswith("lora_") else torch.float32)
+    assert out.dtype == (plain.dtype if as_plain else torch.bfloat16 if name.startswith(("lora_", "moe_")) else torch.float32)
     grads = torch.autograd.grad(out, list(problem.leaves.values()), problem.upstream.to(out.dtype))
     assert all(g.dtype == torch.float32 for g in grads)
 

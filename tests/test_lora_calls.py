@@ -88,3 +88,22 @@ def test_a_random_call(seed):
             call.close([ours], [theirs], what, 3)
     for what, ours, theirs in zip(("dA", "dB", "dbias"), (dA, dB, dbias), copies[2:]):
         call.close(ours, theirs, what, 3)
+
+
+def test_several_adapters_of_a_row_add_to_it_in_turn_on_any_number_of_threads():
+    """One adapter outweighs a thread's share, so its columns are cut; the others' must be cut alike, or two threads add to one element."""
+    T, D, O, ranks, before = 75, 1030, 40, (40, 3, 1), torch.get_num_threads()
+    plan = mtk.group_plan(torch.tensor([0, 0, 1, 0, 2])[torch.arange(3 * T) % 5].view(T, 3), len(ranks), step=0)
+    A, B = [torch.randn(r, D) for r in ranks], [torch.randn(O, r) for r in ranks]
+    bank = mtk.LoraBank.from_factors(A, B, 1.0, seeds=[1, 2, 3])
+    x, upstream = torch.randn(T, D, requires_grad=True), torch.randn(T, O)
+
+    def dx(threads):
+        torch.set_num_threads(threads)
+        return torch.autograd.grad(mtk.lora_delta(x, bank, plan, backend="cpu"), x, upstream)[0]
+
+    try:
+        alone = dx(1)
+        assert all(torch.equal(dx(threads), alone) for threads in (2, 3, 5, 8) for _ in range(8))
+    finally:
+        torch.set_num_threads(before)

@@ -59,9 +59,10 @@ class Bank(NamedTuple):
         return {name: self.constexprs[name] for name in names}
 
 
-def bank_of(n_targets, A=(), B=(), bias=(), scale=(), threshold=(), seeds=(), sites=(), dA=(), dB=(), dbias=()):
+def bank_of(n_targets, A=(), B=(), bias=(), scale=(), threshold=(), seeds=(), sites=(), dA=(), dB=(), dbias=(), places=None):
     """Bank of target-major lists; those a launcher was not given are empty.
 
+    places: where in scale, threshold and seeds each adapter of a target has its own; None = in order.
     The table is cached by every address, shape and stride in it, so a factor changed in place is seen.
     """
     first = (*A, *B)[0]
@@ -71,7 +72,7 @@ def bank_of(n_targets, A=(), B=(), bias=(), scale=(), threshold=(), seeds=(), si
     vectors = tuple(tuple((t.data_ptr(), t.stride(0) * t.element_size()) for t in ts) for ts in (scale, threshold, seeds))
     d_out = tuple(b.shape[0] for b in B[:: len(ranks) // n_targets])
     grad = next((t.dtype for t in (*dA, *dB, *dbias) if t.numel()), first.dtype)
-    key = (pointers, strides, vectors, tuple(sites), ranks, A[0].shape[1] if A else 0, d_out, first.dtype, grad, first.device, n_targets)
+    key = (pointers, strides, vectors, tuple(sites), ranks, A[0].shape[1] if A else 0, d_out, first.dtype, grad, first.device, n_targets, places)
     if first.device.type == "cpu":
         return _bank(*key, None)
     if torch.cuda.is_current_stream_capturing():
@@ -81,8 +82,9 @@ def bank_of(n_targets, A=(), B=(), bias=(), scale=(), threshold=(), seeds=(), si
 
 
 @functools.lru_cache(maxsize=4096)
-def _bank(pointers, strides, vectors, sites, ranks, d_in, d_out, dtype, grad, device, n_targets, stream):
+def _bank(pointers, strides, vectors, sites, ranks, d_in, d_out, dtype, grad, device, n_targets, places, stream):
     n = len(ranks) // n_targets
+    places = places or range(n)
     none = (0,) * len(ranks)
     a, b, bias, dA, dB, dbias = (p or none for p in pointers)
     s_A, s_B, s_dA, s_dB = (_used(s, p) for s, p in zip(strides, (a, b, dA, dB)))
@@ -109,7 +111,7 @@ def _bank(pointers, strides, vectors, sites, ranks, d_in, d_out, dtype, grad, de
         DENSE=_dense(layout, s_dA, s_dB, ranks, d_in, outs),
     )
     rows = [a, b, bias, dA, dB, dbias, ranks, [s[0] for s in s_A], *zip(*s_B), [s[0] for s in s_dA], *zip(*s_dB), *zip(*parts)]
-    rows += [begins, _repeat(widths, n, n_targets), outs, *(_elements(v, n, n_targets) for v in vectors), _repeat(sites, n, n_targets)]
+    rows += [begins, _repeat(widths, n, n_targets), outs, *(_elements(v, places, n_targets) for v in vectors), _repeat(sites, n, n_targets)]
     largest = tuple(max(column) for column in zip(*sizes))
     return Bank(_upload(rows, device), n, widths, slot_size, d_in, largest, any(bias), constexprs)
 
@@ -128,8 +130,8 @@ def _repeat(values, n, n_targets):
     return [v for v in values or [0] * n_targets for _ in range(n)]
 
 
-def _elements(vectors, n, n_targets):
-    return [p + i * step for p, step in vectors or [(0, 0)] * n_targets for i in range(n)]
+def _elements(vectors, places, n_targets):
+    return [p + i * step for p, step in vectors or [(0, 0)] * n_targets for i in places]
 
 
 def _slot_parts(sizes, n, n_targets):

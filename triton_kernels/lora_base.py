@@ -46,7 +46,7 @@ _GROUP_M = tl.constexpr(8)
 
 
 @triton.jit
-def _grouped(program, n_row_tiles, n_column_tiles):
+def grouped_tiles(program, n_row_tiles, n_column_tiles):
     """(row tile, column tile) with 8 row tiles side by side, so that a wave of programs shares rows and weights in L2."""
     per_group = _GROUP_M * n_column_tiles
     first = program // per_group * _GROUP_M
@@ -55,7 +55,7 @@ def _grouped(program, n_row_tiles, n_column_tiles):
 
 
 @triton.jit
-def _tile_rows(tile, perm_ptr, offsets_ptr, tiles_ptr, n_adapters, n_rows, TILE_INDEX: tl.constexpr, BLOCK_M: tl.constexpr):
+def tile_rows(tile, perm_ptr, offsets_ptr, tiles_ptr, n_adapters, n_rows, TILE_INDEX: tl.constexpr, BLOCK_M: tl.constexpr):
     """(adapter, ordinals, rows, mask, whether it has any) of a row tile; without a plan, rows as they lie, of no adapter.
 
     Rows that the mask switches off are row 0: whatever is loaded for them stays in their own lines of the accumulator.
@@ -75,7 +75,7 @@ def _tile_rows(tile, perm_ptr, offsets_ptr, tiles_ptr, n_adapters, n_rows, TILE_
 
 
 @triton.jit
-def _rank_dot(acc, p_s, p_factor, stride_r, stride_c, rank, column, n_cols, BLOCK_N: tl.constexpr):
+def rank_dot(acc, p_s, p_factor, stride_r, stride_c, rank, column, n_cols, BLOCK_N: tl.constexpr):
     """acc[m, n] += sum_r s[m, r] factor[r, column + n], in steps of 16: wider ones would take registers from the base."""
     o_r, o_n = tl.arange(0, 16), tl.arange(0, BLOCK_N)
     m_n = o_n[None, :] < n_cols - column
@@ -91,7 +91,7 @@ def _rank_dot(acc, p_s, p_factor, stride_r, stride_c, rank, column, n_cols, BLOC
 
 
 @triton.jit
-def _base_dot(
+def base_dot(
     acc, p_row, p_w, stride_k, stride_n, column, n_inner, n_cols,
     EVEN_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -123,9 +123,9 @@ def _lora_base_fwd_kernel(
     EVEN_K: tl.constexpr, TILE_INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """y = x W^T + b + gate scale (s B^T + beta)."""
-    tile, column_tile = _grouped(tl.program_id(0), n_row_tiles, n_column_tiles)
+    tile, column_tile = grouped_tiles(tl.program_id(0), n_row_tiles, n_column_tiles)
     target, column_tile = target_of(column_tile, widths, BLOCK_N, 0, 1)
-    adapter, _, b_t, m_row, has_rows = _tile_rows(tile, perm_ptr, offsets_ptr, tiles_ptr, n_adapters, n_rows, TILE_INDEX, BLOCK_M)
+    adapter, _, b_t, m_row, has_rows = tile_rows(tile, perm_ptr, offsets_ptr, tiles_ptr, n_adapters, n_rows, TILE_INDEX, BLOCK_M)
     if not has_rows:
         return
     width, column = pick(widths, target), column_tile * BLOCK_N
@@ -139,7 +139,7 @@ def _lora_base_fwd_kernel(
                 p_beta = factor_pointer(table_ptr, n_columns, entry, PTR_BIAS, FACTOR, ALIGNED)
                 acc += tl.load(p_beta + o_n, mask=m_n & (p_beta.to(tl.int64) != 0), other=0.0).to(tl.float32)[None, :]
             stride_o, stride_r = strides_of_B(table_ptr, n_columns, entry, STRIDE_B_O, STRIDE_B_R, LAYOUT, ALIGN)
-            acc = _rank_dot(
+            acc = rank_dot(
                 acc, s_ptr + b_t[:, None] * stride_s + size_field(table_ptr, n_columns, entry, S_BEGIN, ALIGN),
                 factor_pointer(table_ptr, n_columns, entry, PTR_B, FACTOR, ALIGNED),
                 stride_r, stride_o, size_field(table_ptr, n_columns, entry, RANK, ALIGN), column, width, BLOCK_N,
@@ -148,7 +148,7 @@ def _lora_base_fwd_kernel(
             if gates_ptr is not None:
                 c *= tl.load(gates_ptr + b_t, mask=m_row, other=0.0)[:, None]
             acc *= c
-    acc = _base_dot(
+    acc = base_dot(
         acc, x_ptr + b_t[:, None] * stride_x, pick(weights, target), pick(strides_d, target), pick(strides_o, target),
         column, d_in, width, EVEN_K, BLOCK_N, BLOCK_K,
     )  # fmt: skip
@@ -167,8 +167,8 @@ def _lora_base_dx_kernel(
     EVEN_K: tl.constexpr, TILE_INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dx = sum over targets of dy W + M o (dS A)."""
-    tile, column_tile = _grouped(tl.program_id(0), n_row_tiles, n_column_tiles)
-    adapter, o_i, b_t, m_row, has_rows = _tile_rows(tile, perm_ptr, offsets_ptr, tiles_ptr, n_adapters, n_rows, TILE_INDEX, BLOCK_M)
+    tile, column_tile = grouped_tiles(tl.program_id(0), n_row_tiles, n_column_tiles)
+    adapter, o_i, b_t, m_row, has_rows = tile_rows(tile, perm_ptr, offsets_ptr, tiles_ptr, n_adapters, n_rows, TILE_INDEX, BLOCK_M)
     if not has_rows:
         return
     column = column_tile * BLOCK_N
@@ -180,7 +180,7 @@ def _lora_base_dx_kernel(
             for g in tl.range(0, len(dys), num_stages=1, disable_licm=True):
                 entry = g * n_adapters + adapter
                 mask = dropout_of(table_ptr, n_columns, entry, step_ptr, DROPOUT)
-                part = _rank_dot(
+                part = rank_dot(
                     tl.zeros([BLOCK_M, BLOCK_N], tl.float32),
                     ds_ptr + b_t[:, None] * stride_ds + size_field(table_ptr, n_columns, entry, S_BEGIN, ALIGN),
                     factor_pointer(table_ptr, n_columns, entry, PTR_A, FACTOR, ALIGNED),
@@ -192,7 +192,7 @@ def _lora_base_dx_kernel(
                     part = tl.where(keep_tile(mask, bits, b_t, m_row, o_i, column, BLOCK_N), part, 0.0)
                 acc = tl.fma(part, dropout_scale(mask[0], DROPOUT), acc)
     for g in tl.static_range(len(dys)):
-        acc = _base_dot(
+        acc = base_dot(
             acc, dys[g] + b_t[:, None] * strides[g], weights[g], strides_o[g], strides_d[g],
             column, widths[g], d_in, EVEN_K, BLOCK_N, BLOCK_K,
         )  # fmt: skip

@@ -104,7 +104,7 @@ def _lora_expand_kernel(
 
 
 @triton.jit
-def _row_dot(p_row, m_row, p_bias, n_cols, BLOCK_K: tl.constexpr):
+def row_dot(p_row, m_row, p_bias, n_cols, BLOCK_K: tl.constexpr):
     """sum_k rows[m, k] bias[k]; p_row [M, 1] points at rows."""
     o_k = tl.arange(0, BLOCK_K)
     acc = tl.zeros([p_row.shape[0]], tl.float32)
@@ -140,7 +140,7 @@ def _ds_program(
         if HAS_BIAS and e_ptr is not None:
             p_bias = factor_pointer(table_ptr, n_columns, entry, PTR_BIAS, FACTOR, ALIGNED)
             if p_bias.to(tl.int64) != 0:
-                b_e = _row_dot(p_row, m_row, p_bias, width, BLOCK_K)
+                b_e = row_dot(p_row, m_row, p_bias, width, BLOCK_K)
         c = scale_of(table_ptr, n_columns, entry) + tl.zeros([o_j.shape[0], 1], tl.float32)
         if gates_ptr is not None:
             c *= tl.load(gates_ptr + b_p, mask=m_row, other=0.0)[:, None]

@@ -43,6 +43,15 @@ void swiglu_lora_shrink_bwd(Tensor dh, Tensor ds, Tensor gate, Tensor up, int64_
                             Tensor offsets, Tensor perm, Tensor tiles, Tensor step, Ints sites, bool dropout, OptionalTensor dgate,
                             OptionalTensor dup, Tensors dA);
 
+// (y, S) of the experts' layers, and the gradients; see mtkernels/reference/moe_lora_linear.py. Of one (expert, adapter) each, with one of
+// rank 0 behind every expert's: A, B, lora_bias, dA, dB, dbias.
+std::tuple<Tensor, Tensor> moe_lora_linear_fwd(Tensor x, Tensor weight, OptionalTensor bias, Tensors A, Tensors B, Tensors lora_bias, Tensor scale,
+                                               Tensor threshold, Tensor seeds, OptionalTensor gates, Tensor offsets, Tensor perm, Tensor tiles,
+                                               Tensor step, int64_t site, bool dropout);
+void moe_lora_linear_bwd(Tensor dy, Tensor x, Tensor weight, OptionalTensor bias, Tensor s, Tensors A, Tensors B, Tensors lora_bias, Tensor scale,
+                         Tensor threshold, Tensor seeds, OptionalTensor gates, Tensor offsets, Tensor perm, Tensor tiles, Tensor step, int64_t site,
+                         bool dropout, OptionalTensor dx, OptionalTensor dgates, OptionalTensor e, Tensors dA, Tensors dB, Tensors dbias);
+
 // The shared frozen layer in a fixed order of operations, float32 or 16-bit: x w^T + bias, and the sum over layers of dy w.
 Tensor lora_base_linear(Tensor x, Tensor w, OptionalTensor bias);
 Tensor lora_base_dx(Tensors dys, Tensors ws);

@@ -31,7 +31,7 @@ Tensor base_matmul(const char* name, const Tensors& xs, const Tensors& ws, const
     parts.push_back({x.data_ptr(), w.data_ptr(), x.stride(0), transposed ? 1 : w.stride(0), transposed ? w.stride(0) : 1, x.size(1)});
   }
   const Tensor &x = xs[0], &w = ws[0];
-  call.type = element_of(x.scalar_type());
+  call.type = call.y_type = element_of(x.scalar_type());
   call.M = x.size(0);
   call.N = w.size(transposed ? 0 : 1);
   call.n_parts = static_cast<int64_t>(parts.size());
@@ -40,6 +40,7 @@ Tensor base_matmul(const char* name, const Tensors& xs, const Tensors& ws, const
   Tensor y = empty(x, {call.M, call.N}, x.scalar_type());
   call.bias = bias ? bias->data_ptr() : nullptr;
   call.y = y.mutable_data_ptr();
+  call.y_stride = call.N;
 
   // Equal pieces, in steps of what suits every register tile; narrower ones where few rows leave threads without work.
   const int64_t pieces = std::max<int64_t>(1, ceil_div(call.M, kBaseRows)), rows = ceil_div(ceil_div(call.M, pieces), 12) * 12;

@@ -23,14 +23,13 @@ ScalarType promoted(const Tensor& x, const Tensors& factors) {
   return factors.empty() || factors[0].scalar_type() == x.scalar_type() ? x.scalar_type() : ScalarType::Float;
 }
 
-LoraPlan::LoraPlan(int64_t n_targets, int64_t n_factors, int64_t rows, const Tensor& offsets, const Tensor& perm_tensor) : n_rows(rows) {
+LoraPlan::LoraPlan(int64_t n_targets, int64_t n_factors, int64_t rows, const Tensor& offsets, const Tensor& perm_tensor) {
   STD_TORCH_CHECK(n_targets > 0 && n_factors > 0 && n_factors % n_targets == 0, n_factors, " factors for ", n_targets,
                   " targets; give one per target and adapter, target by target, at least one");
   const int64_t n = n_factors / n_targets;
   n_positions = perm_tensor.numel();
   check_plan(offsets, perm_tensor, n, n_positions);
-  STD_TORCH_CHECK(n_rows ? n_positions && n_positions % n_rows == 0 : n_positions == 0, "perm has ", n_positions, " positions for ", n_rows,
-                  " rows; give the same number, at least one, for each row");
+  set_rows(rows);
   const int32_t* bounds = offsets.const_data_ptr<int32_t>();
   perm = perm_tensor.const_data_ptr<int32_t>();
   n_owned = bounds[n];
@@ -38,11 +37,17 @@ LoraPlan::LoraPlan(int64_t n_targets, int64_t n_factors, int64_t rows, const Ten
   adapters.resize(static_cast<size_t>(n_factors));
   targets.resize(static_cast<size_t>(n_targets));
   for (int64_t g = 0; g < n_targets; ++g) targets[g].adapters = &adapters[g * n];
-  call.slots = n_rows ? n_positions / n_rows : 1;
   call.n_groups = n;
   call.n_targets = n_targets;
   call.groups = groups.data();
   call.targets = targets.data();
+}
+
+void LoraPlan::set_rows(int64_t rows) {
+  STD_TORCH_CHECK(rows ? n_positions && n_positions % rows == 0 : n_positions == 0, "perm has ", n_positions, " positions for ", rows,
+                  " rows; give the same number, at least one, for each row");
+  n_rows = rows;
+  call.slots = rows ? n_positions / rows : 1;
 }
 
 void LoraPlan::set_rank(const char* name, LoraAdapter& a, const Tensor& factor, int64_t dim, int64_t other, ScalarType dtype) {

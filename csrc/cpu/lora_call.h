@@ -21,6 +21,8 @@ class LoraPlan {
   LoraPlan(int64_t n_targets, int64_t n_factors, int64_t n_rows, const Tensor& offsets, const Tensor& perm);
   LoraPlan(const LoraPlan&) = delete;
 
+  // From here on the positions lie in `rows` rows, of x or of y, as many in each.
+  void set_rows(int64_t rows);
   // A or B first; both must agree on the ranks.
   void set_A(const Tensors& A, const Tensor& x);
   void set_B(const Tensors& B, const Tensors& bias, const Tensors& scale, const OptionalTensor& gates, const Tensors& ys);

@@ -95,11 +95,20 @@ struct BasePart {
 };
 
 struct BaseCall {
-  Element type;
+  Element type, y_type;
   int64_t M, N, n_parts;
   const BasePart* parts;
   const void* bias;  // [N] or null
-  void* y;           // [M, N]
+  void* y;           // columns from y_col on
+  int64_t y_stride, y_col;
+  const int32_t *x_rows, *y_rows;  // of the M rows; null: in order
+  // For the experts of a MoE; null: neither. dots[col0 / kBaseCols][y row] = y . z[z row] over a tile's columns, then y *= gates[y row].
+  const void* z;
+  int64_t z_stride;
+  const int32_t* z_rows;
+  float* dots;
+  int64_t dots_stride;
+  const float* gates;
 };
 
 constexpr int64_t kBaseRows = 360;
@@ -121,6 +130,8 @@ struct LoraKernels {
   void (*base)(const BaseCall&, int64_t row0, int64_t row1, int64_t col0, int64_t col1, float* scratch);
   // Keep bits of a row's n_cols columns, zeros to the end of the last byte.
   void (*keep_row)(const DropoutKey&, uint32_t threshold, int64_t n_cols, uint8_t* bits);
+  // out[n] = sum of n floats at z, z + stride, ..., in this order.
+  void (*sum_rows)(const float* z, int64_t stride, int64_t count, int64_t n, Element type, void* out);
 };
 
 extern const LoraKernels lora_generic;

@@ -77,16 +77,17 @@ void add_row_items(const LoraPlan& plan, int64_t target, int64_t col0, int64_t c
   }
 }
 
-// Items over row groups and, where an adapter outweighs a thread's share, over pieces of its columns.
+// Items over row groups and, where an adapter outweighs a thread's share, over pieces of its columns; `alike`: over the same pieces for all.
 template <class Wanted>
-void add_column_items(const LoraPlan& plan, int64_t target, int64_t cols, Items& items, const Wanted& wanted) {
+void add_column_items(const LoraPlan& plan, int64_t target, int64_t cols, Items& items, bool alike, const Wanted& wanted) {
   const int64_t piece = piece_cols(cols), pieces = ceil_div(cols, piece), share = share_of(plan);
   for (int64_t i = 0; i < plan.call.n_groups; ++i) {
     if (!wanted(i)) continue;
     const int64_t n = plan.groups[i].n, groups = row_groups(n), ranks = item_ranks(plan, target, i);
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t row0 = cut(n, groups, g), row1 = cut(n, groups, g + 1);
-      const int64_t parts = num_threads() == 1 ? 1 : std::clamp<int64_t>(ceil_div(cost(ranks, row1 - row0), share), 1, std::max<int64_t>(1, pieces));
+      const int64_t most = num_threads() == 1 ? 1 : std::max<int64_t>(1, pieces);
+      const int64_t parts = alike ? most : std::clamp<int64_t>(ceil_div(cost(ranks, row1 - row0), share), 1, most);
       const int64_t width = ceil_div(pieces, parts) * piece;
       for (int64_t col = 0; col < cols; col += width) items.push_back({i, target, row0, row1, col, std::min(cols, col + width), g});
     }
@@ -170,6 +171,18 @@ void run_expand(const LoraPlan& plan) {
   run(plan, items, lora_kernels().expand, in_order);
 }
 
+void run_expand(const LoraPlan& plan, int64_t col0, int64_t col1) {
+  Items items;
+  add_row_items(plan, 0, col0, col1, items);
+  run(plan, items, lora_kernels().expand, false);
+}
+
+void run_dx(const LoraPlan& plan, int64_t col0, int64_t col1) {
+  Items items;
+  add_row_items(plan, -1, col0, col1, items);
+  run(plan, items, lora_kernels().backward_x, false);
+}
+
 void run_backward_y(LoraPlan& plan, const Tensor& like) {
   const LoraKernels& kernels = lora_kernels();
   for (LoraTarget& t : plan.targets) {
@@ -186,7 +199,7 @@ void run_backward_y(LoraPlan& plan, const Tensor& like) {
 
   Items items;
   for (int64_t g = 0; g < plan.call.n_targets; ++g)
-    add_column_items(plan, g, plan.targets[g].O, items, [&](int64_t i) {
+    add_column_items(plan, g, plan.targets[g].O, items, false, [&](int64_t i) {
       const LoraAdapter& a = plan.targets[g].adapters[i];
       return a.dB.data || a.dbias || (a.needs_d && a.ranks() && plan.groups[i].n);
     });
@@ -203,7 +216,7 @@ void run_backward_x(LoraPlan& plan, const Tensor& like) {
       [](LoraAdapter& a, float* p) { a.partial_A = p; });
   const bool in_order = plan.call.slots > 1 && plan.call.dx.data;
   Items items;
-  add_column_items(plan, -1, plan.call.D, items, [&](int64_t i) {
+  add_column_items(plan, -1, plan.call.D, items, in_order, [&](int64_t i) {
     bool wanted = false;
     for (const LoraTarget& t : plan.targets) wanted = wanted || t.adapters[i].dA.data || (plan.call.dx.data && t.adapters[i].rank && plan.groups[i].n);
     return wanted;

@@ -18,9 +18,13 @@ void run_shrink(const LoraPlan& plan, const MakeRows& make);
 void make_rows(const LoraPlan& plan, const MakeRows& make);
 // Adds every adapter's part to the ys.
 void run_expand(const LoraPlan& plan);
+// The same in columns [col0, col1) of the one target of a plan with one position a row.
+void run_expand(const LoraPlan& plan, int64_t col0, int64_t col1);
 // ds and e of the adapters that need them, the gradients of B and bias. Uses `like` to allocate.
 void run_backward_y(LoraPlan& plan, const Tensor& like);
 // The gradients of A; adds to dx.
 void run_backward_x(LoraPlan& plan, const Tensor& like);
+// The latter alone, in columns [col0, col1), for a plan with one position a row and no dA.
+void run_dx(const LoraPlan& plan, int64_t col0, int64_t col1);
 
 }  // namespace mtk::cpu

@@ -7,6 +7,7 @@ from .lora_dropout_mask import lora_dropout_mask
 from .lora_embedding import lora_embedding
 from .lora_expand import lora_expand
 from .lora_shrink import lora_shrink
+from .moe_lora_linear import moe_lora_linear
 from .rmsnorm_lora_shrink import rmsnorm_lora_shrink
 from .swiglu_lora_shrink import lora_swiglu_mlp, swiglu_lora_shrink
 from .task_cross_entropy import task_cross_entropy
@@ -22,6 +23,7 @@ STEMS = {
     "dora": ("dora_linear", "dora_scale", "dora_norm", "dora_dropout", "dora_rescale"),
     "rmsnorm_lora_shrink": ("rmsnorm_lora_shrink",),
     "swiglu_lora_shrink": ("swiglu_lora_shrink", "lora_swiglu_mlp"),
+    "moe_lora_linear": ("moe_lora_linear",),
     "task_reduce": ("task_reduce",),
     "task_cross_entropy": ("task_cross_entropy",),
 }

@@ -184,6 +184,13 @@ def gate_and_scale_grads(e, scale, gates, ids, offsets, perm, tiles, need_gates,
 
 def rows_of(op, x, bank, plan):
     """x as [T, D] rows with unit stride, after checking x, bank and plan against one another."""
+    rows = bank_rows(op, x, bank)
+    check_plan(op, plan, len(bank), rows.shape[0], x.device, "adapters in the bank", slots=True)
+    return rows
+
+
+def bank_rows(op, x, bank):
+    """x as rows [..., D] with unit stride, after checking x and bank against one another."""
     check_bank(op, bank)
     if type(x).__name__ == "DTensor":
         raise TypeError(f"{op}: x is a DTensor; pass local tensors (x.to_local()) or shard by decoder layer")
@@ -195,7 +202,6 @@ def rows_of(op, x, bank, plan):
     if bank.device != x.device:
         raise ValueError(f"{op}: x is on {x.device}, the bank on {bank.device}; move them to one device")
     rows = x.reshape(-1, x.shape[-1])
-    check_plan(op, plan, len(bank), rows.shape[0], x.device, "adapters in the bank", slots=True)
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
@@ -224,4 +230,4 @@ def flat_gates(op, gates, plan, like):
         raise ValueError(f"{op}: gates is {got}; give one per id of the plan, {tuple(plan.shape)}")
     if gates.device != like.device:
         raise ValueError(f"{op}: gates is on {gates.device}, the bank on {like.device}; move them to one device")
-    return gates.reshape(-1).to(like.dtype)
+    return gates.reshape(-1).to(like.dtype).contiguous()

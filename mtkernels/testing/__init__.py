@@ -11,13 +11,14 @@ import torch
 from .dora import DORA_PROBLEMS
 from .lora import LORA_PROBLEMS, plain_lora
 from .loss import LOSS_PROBLEMS
+from .moe import MOE_PROBLEMS, plain_moe_lora
 from .problem import Maker, Problem
 from .producers import PRODUCER_PROBLEMS, plain_rmsnorm
 
-__all__ = ["FLOOR", "MIXED", "Maker", "PROBLEMS", "Problem", "assert_accurate", "large", "op_of", "plain_lora", "plain_rmsnorm", "poisoned", "relative_error"]
+__all__ = ["FLOOR", "MIXED", "Maker", "PROBLEMS", "Problem", "assert_accurate", "large", "op_of", "plain_lora", "plain_moe_lora", "plain_rmsnorm", "poisoned", "relative_error"]
 
 # An op, or "op:variant" for another way to call it -> (ids, dtype, device="cpu", *, backend=None, exact=False) -> Problem
-PROBLEMS = {**LORA_PROBLEMS, **DORA_PROBLEMS, **PRODUCER_PROBLEMS, **LOSS_PROBLEMS}
+PROBLEMS = {**LORA_PROBLEMS, **DORA_PROBLEMS, **PRODUCER_PROBLEMS, **MOE_PROBLEMS, **LOSS_PROBLEMS}
 
 # Group 1 is empty (and rank 0), group 3 has one row.
 MIXED = [0, 2, -1, 4, 0, 5, 2, 2, -1, 4, 5, 5, 0, 3, 5, 2]

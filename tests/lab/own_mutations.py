@@ -49,6 +49,7 @@ class OwnMutation:
 LORA, SHRINK, EXPAND = "lora_kernels.py", "lora_shrink.py", "lora_expand.py"
 BASE, EMBEDDING, DORA = "lora_base.py", "lora_embedding.py", "dora.py"
 NORM, SWIGLU = "rmsnorm_kernels.py", "swiglu_lora_shrink.py"
+EXPERTS, ROWS_OF_NONE = "moe_lora_linear.py", "    if not has_rows:\n        return\n    column = column_tile * BLOCK_N\n    o_n = column + tl.arange(0, BLOCK_N)\n    m_n = o_n < d_out"
 REDUCE, ENTROPY, PLAN = "task_reduce.py", "task_cross_entropy.py", "group_plan.py"
 FAT = MIXED + [2] * 1030  # two chunks of one group
 FATTEST = MIXED + [2] * 12000  # twelve
@@ -100,6 +101,11 @@ MUTATIONS = {
     "RMSNorm: mean over the tile's columns": OwnMutation(NORM, [("tl.sum(square, axis=1) / d_in + eps", "tl.sum(square, axis=1) / BLOCK_K + eps")], ("accuracy",), "rmsnorm_lora_shrink"),
     "RMSNorm: row written from every position": OwnMutation(NORM, [("m_row & (b_p % n_slots == 0)", "m_row")], ("probe",), "rmsnorm_lora_shrink:slots"),
     "SwiGLU: gate without its slope": OwnMutation(SWIGLU, [("b_dgate, b_dup = total * b_up * slope,", "b_dgate, b_dup = total * b_up,")], ("accuracy",), "swiglu_lora_shrink"),
+    "experts: weight of the group, not of its expert": OwnMutation(EXPERTS, [("expert = (group // (n_groups // n_experts)).to(tl.int64)\n        if HAS_LORA", "expert = tl.minimum(group, n_experts - 1).to(tl.int64)\n        if HAS_LORA")], ("accuracy", "virtual"), "moe_lora_linear"),
+    "experts: positions of no expert not written": OwnMutation(EXPERTS, [(ROWS_OF_NONE, ROWS_OF_NONE.replace("not has_rows", "(group >= n_groups) | (not has_rows)"))], ("accuracy", "virtual"), "moe_lora_linear:slots"),
+    "experts: row mask of the result dropped": OwnMutation(EXPERTS, [("acc.to(z_ptr.dtype.element_ty), mask=m_row[:, None] & m_n[None, :])", "acc.to(z_ptr.dtype.element_ty), mask=m_n[None, :])")], ("probe",), "moe_lora_linear:slots"),
+    "experts: gate's gradient from the gated product": OwnMutation(EXPERTS, [("acc * b_x, 0.0)", "acc * b_x * tl.load(gates_ptr + b_p, mask=m_row, other=0.0)[:, None], 0.0)")], ("accuracy", "virtual"), "moe_lora_linear:gates"),
+    "experts: dropout of another column in dx": OwnMutation(EXPERTS, [("dropout_keep(seed, o_i, column, site,", "dropout_keep(seed, o_i, column + 8, site,")], ("accuracy", "virtual"), "moe_lora_linear"),
     "plan: sort not stable": OwnMutation(PLAN, [("(o_q[None, :] < o_p[:, None])", "(o_q[None, :] > o_p[:, None])")], ("accuracy",), "lora_delta"),
     "plan: two rows at one place": OwnMutation(PLAN, [("(o_q[None, :] < o_p[:, None])", "(o_q[None, :] + 1 < o_p[:, None])")], ("probe", "virtual"), "task_reduce"),
     "reduce: rows not permuted": OwnMutation(REDUCE, [("b_t = tl.load(perm_ptr + o_j, mask=m_j, other=0)", "b_t = tl.where(m_j, o_j, 0)")], ("accuracy", "virtual"), "task_reduce"),

@@ -123,5 +123,5 @@ def test_row_tiles_without_rows_multiply_nothing():
         n_forward = len(probe.launches)
         lora.lora_linear_bwd(case.ys, [weight], case.x, s, *case.bank, None, none * 4, none * 4, [])
     for launches in (probe.launches[:n_forward], probe.launches[n_forward:]):
-        issued = sum(launch.dot_flops_by_function["_base_dot"] for launch in launches)
+        issued = sum(launch.dot_flops_by_function["base_dot"] for launch in launches)
         assert issued == 2 * len(case.x) * D * 128
