@@ -74,15 +74,18 @@ def test_a_random_call(seed):
     call, run = Call(seed), _native.ops()
     ys, factors = call.rows(), (*call.factors, call.scale, *call.dropout)
     expected_ys = [y.clone() for y in ys]
-    s, expected_s = run.lora_fwd(call.x, *factors, *call.rest, ys), reference.lora_fwd(call.x, *factors, *call.rest, expected_ys)
+    bits = call.pick([None, torch.full((call.n_positions, len(ys), -(-call.D // 8)), 90, dtype=torch.uint8)])
+    expected_bits = bits if bits is None else bits.clone()
+    s, expected_s = run.lora_fwd(call.x, *factors, *call.rest, ys, bits), reference.lora_fwd(call.x, *factors, *call.rest, expected_ys, expected_bits)
     call.close([s, *ys], [expected_s, *expected_ys], "forward")
+    assert bits is None or not call.rest[-1] or torch.equal(bits, expected_bits)
     A, B, bias = call.factors
     dA, dB, dbias = call.gradients(A, ["dense", "rows"]), call.gradients(B, ["dense", "packed", "experts"]), call.gradients(bias, ["dense"])
     dx = call.pick([None, call.columns(call.T, call.D, call.dtype)])
     e = call.pick([None, torch.full((len(ys), call.n_positions), torch.nan)])
     copies = [t if t is None else t.clone() for t in (dx, e)] + [[t.clone() for t in ts] for ts in (dA, dB, dbias)]
     for launcher, written in ((run.lora_bwd, (dx, e, dA, dB, dbias)), (reference.lora_bwd, copies)):
-        launcher(expected_ys, call.x, expected_s, *factors, *call.rest, *written)
+        launcher(expected_ys, call.x, expected_s, *factors, *call.rest, *written, bits)
     for what, ours, theirs in zip(("dx", "e"), (dx, e), copies):
         if ours is not None:
             call.close([ours], [theirs], what, 3)

@@ -85,7 +85,7 @@ def test_counters_at_the_limits_of_32_bits(step, site, way):
 
 def test_more_columns_than_a_tile(way):
     """Second block of columns of every kernel, and its ragged end."""
-    n_cols = 8 * 256 + 8 * 64 + 3
+    n_cols = 8 * 256 + 8 * 32 + 3
     assert torch.equal(mask(way, [3, -1, 4], n_cols), expected([3, -1, 4], n_cols, 3, 0))
 
 

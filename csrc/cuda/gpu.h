@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "../common/element.h"
+#include "../common/philox.h"
 
 #ifdef GPU_EMU
 #include "../emulator/gpu_emulated.h"

@@ -1,7 +1,5 @@
 #include "gpu.h"
 
-#include "../common/philox.h"
-
 namespace {
 
 constexpr int kTileRows = 32;

@@ -4,9 +4,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ..ops import STEMS, group_plan, stem_of
+from ..bank import LoraBank
+from ..ops import STEMS, group_plan, lora_dropout_mask, stem_of
 from ..reference.group_plan import group_plan as reference_plan
-from ..testing import FLOOR, PROBLEMS, large, poisoned, relative_error
+from ..reference.lora_dropout_mask import lora_dropout_mask as reference_mask
+from ..testing import FLOOR, MIXED, PROBLEMS, large, poisoned, relative_error
+from ..testing.lora import DROPOUT, SITE
 
 OPS = tuple(op for ops in STEMS.values() for op in ops)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,19 +46,28 @@ def results(op, dtype, backend):
     with poisoned():
         if op == "group_plan":
             return dict(zip(PLAN, group_plan(*_ids(), step=0, backend=backend).tensors()))
+        if op == "lora_dropout_mask":
+            return {"bits": lora_dropout_mask(*_mask_args(), site=SITE, backend=backend)}
         return _problem(op, dtype, backend).results()
 
 
 def checks(op, dtype, backend, actual):
     """A Check of each of the results of an op on `backend`, the worst first."""
     if op == "group_plan":
-        exact = dict(zip(PLAN, reference_plan(*_ids())))
-        found = [Check(name, float((actual[name] != t).sum()), 0.0) for name, t in exact.items()]
+        found = _differences(actual, dict(zip(PLAN, reference_plan(*_ids()))))
+    elif op == "lora_dropout_mask":
+        bank, plan, n_cols = _mask_args()
+        groups = plan.offsets, plan.perm, plan.tiles, plan.step
+        found = _differences(actual, {"bits": reference_mask(bank.threshold, bank.seeds, *groups, SITE, n_cols)})
     else:
         exact, plain = _problem(op, dtype, backend, exact=True), _problem(op, dtype, backend)
         exact, plain = exact.results(exact.plain), plain.results(plain.plain)
         found = [_check(name, actual[name], plain[name], t, dtype) for name, t in exact.items()]
     return sorted(found, key=lambda c: (c.ok, -c.error / (c.limit or 1.0)))
+
+
+def _differences(actual, exact):
+    return [Check(name, float((actual[name] != t).sum()), 0.0) for name, t in exact.items()]
 
 
 def _problem(op, dtype, backend, exact=False):
@@ -68,6 +80,13 @@ def _ids():
     """Ragged groups, empty ones, rows without group, more rows and groups than a program takes."""
     ids, sizes = large("task_reduce")
     return torch.tensor(ids), sizes["n_groups"]
+
+
+def _mask_args():
+    """Adapters with and without dropout and with nothing else, one of them without rows; rows of none; a ragged last byte."""
+    factors = [torch.zeros(1, 1) for _ in DROPOUT]
+    bank = LoraBank.from_factors(factors, factors, 1.0, dropout=list(DROPOUT), seeds=list(range(len(DROPOUT))))
+    return bank, group_plan(torch.tensor(MIXED * 3), len(DROPOUT), step=11, backend="reference"), 1100
 
 
 def _check(name, actual, plain, exact, dtype):

@@ -27,6 +27,7 @@ MIXED = [0, 2, -1, 4, 0, 5, 2, 2, -1, 4, 5, 5, 0, 3, 5, 2]
 _LARGE = {
     "dora_dropout": (MIXED * 3, dict(n_in=300)),
     "dora_rescale": (MIXED * 3, dict(n_out=300)),
+    "lora_delta:dropped": (MIXED * 3, dict(n_in=300)),
     "task_reduce": (MIXED * 3 + [2] * 1100, dict(n_groups=70)),
     "task_cross_entropy": (MIXED * 3, dict(n_classes=4099)),
 }

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mtkernels import _op, task_reduce
+from mtkernels import LoraBank, _op, group_plan, lora_dropout_mask, task_reduce
 from mtkernels.lab import EmulatedCuda, emulated
 from mtkernels.lab.cuda_emulator import TOOLS
 from mtkernels.testing import MIXED, PROBLEMS, op_of
@@ -28,6 +28,17 @@ def test_sanitizers_find_nothing_in_other_types(name, dtype):
     with EmulatedCuda(tools=("asan", "tsan")) as cuda:
         PROBLEMS[name](MIXED, dtype, backend="cuda").results()
     assert cuda.launches
+
+
+@pytest.mark.parametrize("ids", [MIXED, [], [4] * 70 + [-1] * 40, [[0, 2], [5, -1], [2, 2]]], ids=["mixed", "no rows", "several tiles", "two a row"])
+def test_no_tool_finds_anything_in_the_masks(ids):
+    factors, plan = [torch.zeros(1, 37) for _ in range(6)], group_plan(torch.tensor(ids, dtype=torch.int64), 6, step=3, backend="reference")
+    bank = LoraBank.from_factors(factors, [f.T for f in factors], 1.0, dropout=[0.5, 0.0, 0.25, 1.0, 0.05, 0.5], seeds=[-1, 0, 5, 1, -(2**63), 2**63 - 1])
+    for n_cols in (37, 8 * 256 + 1):
+        with EmulatedCuda(tools=TOOLS) as cuda:
+            bits = lora_dropout_mask(bank, plan, n_cols, backend="cuda")
+        assert torch.equal(bits, lora_dropout_mask(bank, plan, n_cols, backend="reference"))
+        assert cuda.launches == ["mtk::cuda::launch_lora_dropout_mask"]
 
 
 def test_every_launch_has_another_schedule(monkeypatch):
