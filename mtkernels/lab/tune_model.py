@@ -1,0 +1,175 @@
+"""A static model of what a tile configuration costs, to rank those of one kernel on one GPU: a bound, not measured.
+
+A kernel is one or more kinds of programs (`Pass`), each a loop over tiles. What bounds an iteration is read from the machine
+code (`resources`), the occupancy and the tile; what bounds the launch, from the number of programs at a reference shape.
+
+Cards: NVIDIA's data sheets and white papers (A100 80GB SXM, GeForce RTX 3090, H100 SXM, B200, GeForce RTX 5090); products in 16
+bits with sums in float32, dense. Clocks are the boost clocks that go with those peaks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil, log
+
+
+@dataclass(frozen=True)
+class Card:
+    """Multiprocessors, cycles/s, memory bytes/s, matrix FLOP/s in 16 bits."""
+
+    multiprocessors: int
+    clock: float
+    bandwidth: float
+    flops: float
+
+
+# The GPU that each column of configs/*.json is tuned for.
+CARDS = {
+    "sm_80": Card(108, 1.41e9, 2.039e12, 312e12),
+    "sm_86": Card(82, 1.695e9, 0.936e12, 71e12),
+    "sm_90": Card(132, 1.83e9, 3.35e12, 989.5e12),
+    "sm_100": Card(148, 1.856e9, 8e12, 2250e12),
+    "sm_120": Card(170, 2.407e9, 1.792e12, 209.5e12),
+}
+
+# Assumed for every card: a load's latency under traffic, about twice the 470 to 540 cycles of an idle A100, H100 or RTX 4090
+# (Luo et al., arXiv 2402.13499).
+LATENCY = 800e-9
+# A program's first product waits for the plan and then for its first rows.
+_START = 2 * LATENCY
+_SCHEDULERS = 4
+# Bytes a cycle that a multiprocessor takes from L2 at most, and those that its shared memory moves.
+_L2_PORT = 64
+_SHARED_PORT = 128
+# Terms overlap, but not wholly: they are added up as a norm of this power, an assumption. Infinity would be a strict bound.
+_OVERLAP = 4
+TERMS = ("issue", "warp", "latency", "memory", "L2", "shared", "tensor")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Programs of one kind at the reference shape, as functions of the options where these matter.
+
+    memory: bytes that all of them take from memory at the least, each once. programs(options): how many there are.
+    step: the option by which the loop advances over `length` columns or rows; None where a program is one tile and no loop.
+    tile: the options whose product is the elements of rows in an iteration (or in the program).
+    factors: for each loop in the code, (columns of the other operand: a number or an option, divisor of `step` there).
+    gemm: whether the loop's tensor FLOPs count, tile times columns; elsewhere they are far from the peak.
+    """
+
+    memory: int
+    programs: Callable
+    tile: tuple
+    step: str | None = None
+    length: int = 1
+    factors: tuple = ((0, 1),)
+    gemm: bool = False
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds: each term as if it were alone, the start of programs, and `score`, which ranks. Bounds, not measured."""
+
+    terms: dict
+    start: float
+    score: float
+
+    @property
+    def limit(self):
+        """What bounds it most."""
+        all_terms = {**self.terms, "start": self.start}
+        return max(all_terms, key=all_terms.get)
+
+    def __add__(self, other):
+        terms = {name: seconds + other.terms[name] for name, seconds in self.terms.items()}
+        return Estimate(terms, self.start + other.start, self.score + other.score)
+
+    def scaled(self, factor):
+        return Estimate({k: v * factor for k, v in self.terms.items()}, self.start * factor, self.score * factor)
+
+
+def estimate(found, passes, options, element_bytes):
+    """Estimate of one launch. found: Resources of the kernel with these options, on a target of CARDS; it must fit there."""
+    return _sum(_pass(found, part, options, element_bytes) for part in passes)
+
+
+def _sum(estimates):
+    first, *rest = estimates
+    return sum(rest, first)
+
+
+def _pass(found, part, options, element_bytes):
+    """The mean over the loops that a pass has in the code, one for each bucket of ranks."""
+    made = [_loop(found, part, options, element_bytes, *factor) for factor in part.factors]
+    return _sum(made).scaled(1 / len(made))
+
+
+def _loop(found, part, options, element_bytes, columns, divisor):
+    columns = options[columns] if isinstance(columns, str) else columns
+    elements = 1
+    for name in part.tile:
+        elements *= options[name]
+    if part.step is None:
+        iterations, bytes_asked = 1, 2 * elements * element_bytes
+        instructions, cycles, shared, stages = found.instructions, found.instructions, 0, 1
+    else:
+        step = options[part.step] // divisor
+        iterations = ceil(part.length / step)
+        elements //= divisor
+        loop = _nearest(found, (elements + columns * step) * element_bytes)
+        lanes = 32 * options["num_warps"]
+        instructions, cycles, shared, stages = loop.instructions, loop.cycles, loop.shared * lanes, options["num_stages"]
+        bytes_asked = loop.loaded * lanes or (elements + columns * step) * element_bytes
+    flops = 2 * elements * columns * part.gemm
+    demand = _Demand(instructions, cycles, bytes_asked, shared, flops, stages, iterations)
+    return _launch(CARDS[found.target], found, options["num_warps"], part, part.programs(options), demand)
+
+
+def _nearest(found, expected):
+    """The loop whose loads come closest to the bytes expected of an iteration; tensor-core loops before others."""
+    loops = [loop for loop in found.loops if loop.tensor_cores] or list(found.loops)
+    warps = 32 * found.num_warps
+    loading = [loop for loop in loops if loop.loaded]
+    return min(loading, key=lambda loop: abs(log(loop.loaded * warps / expected))) if loading else found.hot_loop
+
+
+@dataclass(frozen=True)
+class _Demand:
+    """Of one iteration of one program; instructions and cycles of each of its warps."""
+
+    instructions: int
+    cycles: int
+    bytes_asked: int
+    shared: int
+    flops: int
+    stages: int
+    iterations: int
+
+
+def _launch(card, found, num_warps, part, programs, demand):
+    """Whole waves of programs, then the last one, which shares memory with fewer."""
+    per_wave = found.occupancy.blocks * card.multiprocessors
+    waves, rest = divmod(programs, per_wave)
+    total = Estimate(dict.fromkeys(TERMS, 0.0), 0.0, 0.0)
+    for count, n in ((waves, per_wave), (1, rest)):
+        if count and n:
+            traffic = n * part.memory / programs / demand.iterations
+            wave = _wave(card, num_warps, ceil(n / card.multiprocessors), traffic, demand)
+            total += wave.scaled(count)
+    return total
+
+
+def _wave(card, num_warps, resident, traffic, demand):
+    """From start to end: `resident` programs on a multiprocessor, `traffic` bytes of memory for one iteration of all of them."""
+    pipelined = demand.stages > 1
+    waiting = LATENCY / (demand.stages - 1) if pipelined else LATENCY + demand.cycles / card.clock
+    terms = dict(
+        issue=resident * num_warps * demand.instructions / _SCHEDULERS / card.clock,
+        warp=demand.cycles / card.clock,
+        latency=waiting,
+        memory=traffic / card.bandwidth,
+        L2=resident * demand.bytes_asked / _L2_PORT / card.clock,
+        shared=resident * demand.shared / _SHARED_PORT / card.clock,
+        tensor=resident * demand.flops * card.multiprocessors / card.flops,
+    )
+    round_trip = sum(seconds**_OVERLAP for seconds in terms.values()) ** (1 / _OVERLAP)
+    return Estimate({k: v * demand.iterations for k, v in terms.items()}, _START, _START + round_trip * demand.iterations)
