@@ -89,7 +89,8 @@ class Estimate:
 
 def estimate(found, passes, options, element_bytes):
     """Estimate of one launch. found: Resources of the kernel with these options, on a target of CARDS; it must fit there."""
-    return _sum(_pass(found, part, options, element_bytes) for part in passes)
+    programs = [part.programs(options) for part in passes]
+    return _sum(_pass(found, part, options, element_bytes, n, sum(programs)) for part, n in zip(passes, programs))
 
 
 def _sum(estimates):
@@ -97,13 +98,14 @@ def _sum(estimates):
     return sum(rest, first)
 
 
-def _pass(found, part, options, element_bytes):
-    """The mean over the loops that a pass has in the code, one for each bucket of ranks."""
-    made = [_loop(found, part, options, element_bytes, *factor) for factor in part.factors]
-    return _sum(made).scaled(1 / len(made))
+def _pass(found, part, options, element_bytes, programs, launched):
+    """The mean over the loops that a pass has in the code, one for each bucket of ranks, of its share of the launch."""
+    demands = [_demand(found, part, options, element_bytes, *factor) for factor in part.factors]
+    made = _sum(_launch(found, options["num_warps"], launched, part.memory / programs, demand) for demand in demands)
+    return made.scaled(programs / launched / len(demands))
 
 
-def _loop(found, part, options, element_bytes, columns, divisor):
+def _demand(found, part, options, element_bytes, columns, divisor):
     columns = options[columns] if isinstance(columns, str) else columns
     elements = 1
     for name in part.tile:
@@ -120,8 +122,7 @@ def _loop(found, part, options, element_bytes, columns, divisor):
         instructions, cycles, shared, stages = loop.instructions, loop.cycles, loop.shared * lanes, options["num_stages"]
         bytes_asked = loop.loaded * lanes or (elements + columns * step) * element_bytes
     flops = 2 * elements * columns * part.gemm
-    demand = _Demand(instructions, cycles, bytes_asked, shared, flops, stages, iterations)
-    return _launch(CARDS[found.target], found, options["num_warps"], part, part.programs(options), demand)
+    return _Demand(instructions, cycles, bytes_asked, shared, flops, stages, iterations)
 
 
 def _nearest(found, expected):
@@ -145,14 +146,15 @@ class _Demand:
     iterations: int
 
 
-def _launch(card, found, num_warps, part, programs, demand):
-    """Whole waves of programs, then the last one, which shares memory with fewer."""
+def _launch(found, num_warps, programs, memory, demand):
+    """Whole waves of programs, each taking `memory` bytes of it, then the last wave, which shares it with fewer."""
+    card = CARDS[found.target]
     per_wave = found.occupancy.blocks * card.multiprocessors
     waves, rest = divmod(programs, per_wave)
     total = Estimate(dict.fromkeys(TERMS, 0.0), 0.0, 0.0)
     for count, n in ((waves, per_wave), (1, rest)):
         if count and n:
-            traffic = n * part.memory / programs / demand.iterations
+            traffic = n * memory / demand.iterations
             wave = _wave(card, num_warps, ceil(n / card.multiprocessors), traffic, demand)
             total += wave.scaled(count)
     return total
