@@ -9,7 +9,8 @@ bits with sums in float32, dense. Clocks are the boost clocks that go with those
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import ceil, log
+from itertools import permutations
+from math import ceil, log, prod
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ _L2_PORT = 64
 _SHARED_PORT = 128
 # Terms overlap, but not wholly: they are added up as a norm of this power, an assumption. Infinity would be a strict bound.
 _OVERLAP = 4
+# Loops of a kernel among which those of its passes are looked for.
+_CHOICES = 8
 TERMS = ("issue", "warp", "latency", "memory", "L2", "shared", "tensor")
 
 
@@ -89,8 +92,10 @@ class Estimate:
 
 def estimate(found, passes, options, element_bytes):
     """Estimate of one launch. found: Resources of the kernel with these options, on a target of CARDS; it must fit there."""
+    passes = list(passes)
     programs = [part.programs(options) for part in passes]
-    return _sum(_pass(found, part, options, element_bytes, n, sum(programs)) for part, n in zip(passes, programs))
+    loops = iter(_loops(found, [_tile(part, options, *f)[1] * element_bytes for part in passes if part.step for f in part.factors]))
+    return _sum(_pass(found, part, options, element_bytes, n, sum(programs), loops) for part, n in zip(passes, programs))
 
 
 def _sum(estimates):
@@ -98,39 +103,53 @@ def _sum(estimates):
     return sum(rest, first)
 
 
-def _pass(found, part, options, element_bytes, programs, launched):
+def _pass(found, part, options, element_bytes, programs, launched, loops):
     """The mean over the loops that a pass has in the code, one for each bucket of ranks, of its share of the launch."""
-    demands = [_demand(found, part, options, element_bytes, *factor) for factor in part.factors]
+    demands = [_demand(found, part, options, element_bytes, loops, *factor) for factor in part.factors]
     made = _sum(_launch(found, options["num_warps"], launched, part.memory / programs, demand) for demand in demands)
     return made.scaled(programs / launched / len(demands))
 
 
-def _demand(found, part, options, element_bytes, columns, divisor):
-    columns = options[columns] if isinstance(columns, str) else columns
-    elements = 1
-    for name in part.tile:
-        elements *= options[name]
+def _tile(part, options, columns, divisor):
+    """(elements of rows, elements of both operands, step) of an iteration."""
+    rows = prod(options[name] for name in part.tile) // divisor
+    step = options[part.step] // divisor if part.step else 1
+    return rows, rows + step * options.get(columns, columns), step
+
+
+def _demand(found, part, options, element_bytes, loops, columns, divisor):
+    rows, elements, step = _tile(part, options, columns, divisor)
     if part.step is None:
-        iterations, bytes_asked = 1, 2 * elements * element_bytes
-        instructions, cycles, shared, stages = found.instructions, found.instructions, 0, 1
-    else:
-        step = options[part.step] // divisor
-        iterations = ceil(part.length / step)
-        elements //= divisor
-        loop = _nearest(found, (elements + columns * step) * element_bytes)
-        lanes = 32 * options["num_warps"]
-        instructions, cycles, shared, stages = loop.instructions, loop.cycles, loop.shared * lanes, options["num_stages"]
-        bytes_asked = loop.loaded * lanes or (elements + columns * step) * element_bytes
-    flops = 2 * elements * columns * part.gemm
-    return _Demand(instructions, cycles, bytes_asked, shared, flops, stages, iterations)
+        return _Demand(found.instructions, found.instructions, 2 * rows * element_bytes, 0, 0, 1, 1)
+    loop, lanes = next(loops), 32 * options["num_warps"]
+    flops = 2 * rows * options.get(columns, columns) * part.gemm
+    asked = loop.loaded * lanes or elements * element_bytes
+    return _Demand(loop.instructions, loop.cycles, asked, loop.shared * lanes, flops, options["num_stages"], ceil(part.length / step))
 
 
-def _nearest(found, expected):
-    """The loop whose loads come closest to the bytes expected of an iteration; tensor-core loops before others."""
+def _loops(found, expected):
+    """For each number of bytes expected of an iteration a loop whose loads come close; of equal choices that in code order.
+
+    Only tensor-core loops where there are any. No loop stands for two while there are enough of them.
+    """
+    lanes = 32 * found.num_warps
     loops = [loop for loop in found.loops if loop.tensor_cores] or list(found.loops)
-    warps = 32 * found.num_warps
-    loading = [loop for loop in loops if loop.loaded]
-    return min(loading, key=lambda loop: abs(log(loop.loaded * warps / expected))) if loading else found.hot_loop
+    loops = [loop for loop in loops if loop.loaded]
+    if not loops:
+        return [found.hot_loop] * len(expected)
+
+    def distance(loop, size):
+        return abs(log(loop.loaded * lanes / size))
+
+    if len(loops) < len(expected):
+        return [min(loops, key=lambda loop: distance(loop, size)) for size in expected]
+    near = sorted(range(len(loops)), key=lambda i: min((distance(loops[i], size) for size in expected), default=0))[:_CHOICES]
+
+    def cost(order):
+        apart = sum(distance(loops[i], size) for i, size in zip(order, expected))
+        return round(apart, 6), sum(a > b for a, b in zip(order, order[1:]))
+
+    return [loops[i] for i in min(permutations(sorted(near), len(expected)), key=cost)]
 
 
 @dataclass(frozen=True)

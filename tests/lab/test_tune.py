@@ -82,6 +82,14 @@ def test_a_pass_is_the_mean_of_its_loops_and_a_kernel_the_sum_of_its_passes():
     assert estimate(found, [rows_pass(250, factors=p.factors) for p in parts], OPTIONS, 2).score == pytest.approx(both.score)
 
 
+def test_loops_that_load_alike_are_told_apart_by_their_order():
+    first = replace(made().loops[0], loaded=64 * (64 + 16) * 2 // 128)
+    found = made(loops=(first, replace(first, instructions=4000)))
+    both = [rows_pass(250, factors=((16, 1),)), rows_pass(250, factors=((16, 1),))]
+    alone = estimate(made(loops=(first,)), [rows_pass(500, factors=((16, 1),))], OPTIONS, 2)
+    assert estimate(found, both, OPTIONS, 2).terms["issue"] == pytest.approx((1 + 10) / 2 * alone.terms["issue"])
+
+
 def matmul(warps, stages, M, N, K, target="sm_80"):
     signature = {"a_ptr": "*bf16", "b_ptr": "*bf16", "c_ptr": "*fp32", "size_k": "i32"}
     constexprs = {"M": M, "N": N, "K": K, "PRECISION": "tf32"}
