@@ -99,7 +99,7 @@ def tile_index(rows: int) -> int:
 
 
 @functools.cache
-def _config_file(op: str) -> dict:
+def config_file(op: str) -> dict:
     return json.loads((_CONFIGS / f"{op}.json").read_text())
 
 
@@ -125,7 +125,7 @@ def _arch_of_gpu(device: torch.device) -> str:
 @functools.cache
 def launch_options(op: str, kernel: str, arch: str, bits: int = 16) -> dict:
     """Tile sizes, num_warps and num_stages of one kernel for elements of `bits` bits."""
-    table = _config_file(op)[kernel]
+    table = config_file(op)[kernel]
     table = table.get(str(bits), table)
     return {**table.get(arch, table["default"]), "enable_fp_fusion": True}
 

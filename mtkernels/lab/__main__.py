@@ -9,6 +9,7 @@ from importlib import import_module
 # Each module has add_arguments(parser) and run(args) -> exit status; needs_interpreter(args) where it may need Triton's.
 COMMANDS = {
     "resources": ("cli_resources", "registers, spills, shared memory and tensor-core instructions of each kernel, per GPU"),
+    "tune": ("cli_tune", "tile configurations of a kernel, ranked by their machine code; --write keeps the best"),
     "cost": ("cli_cost", "launches, bytes and FLOPs of each op against what it needs at least, beside its peers"),
     "run": ("cli_run", "each op forward and backward against float64, with the counters of every launch"),
     "races": ("cli_races", "each op in several orders of programs or threads: findings, and the same bits"),

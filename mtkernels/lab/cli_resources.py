@@ -35,7 +35,7 @@ def run(args):
         return 2
     ops, targets = args.ops or known, args.target or (FAMILIES if args.quick else list(TARGETS))
     pairs = [(case, t) for op in ops for t in targets for case in (default_cases if args.quick else shipped_cases)(t, [op])]
-    results = measure_all(pairs, jobs=args.jobs, cache=None if args.no_cache else default_cache(), progress=_Progress())
+    results = measure_all(pairs, jobs=args.jobs, cache=None if args.no_cache else default_cache(), progress=Progress())
     said = _write(ops, targets, pairs, results) if args.write else _check(ops, targets, pairs, results, whole=not args.ops)
     _show(pairs, results, args.json)
     out = sys.stderr if args.json == "-" else sys.stdout
@@ -118,7 +118,7 @@ def _show(pairs, results, where):
     print(table(compiled))
 
 
-class _Progress:
+class Progress:
     """On stderr: one line that is written over on a terminal, elsewhere a line every half minute."""
 
     def __init__(self):

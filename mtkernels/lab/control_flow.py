@@ -11,6 +11,9 @@ class Instruction(NamedTuple):
     falls_through: bool = True
     # Cycles from its issue to that of the warp's next instruction at the least; None when the code does not say.
     cycles: int | None = None
+    # Bytes that a lane asks of global memory, and those that it moves through shared memory; 0 on AMD.
+    loaded: int = 0
+    shared: int = 0
 
 
 def innermost_loops(code, labels, is_wait=lambda body: False):

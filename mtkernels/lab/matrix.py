@@ -105,38 +105,44 @@ def measure_all(pairs, *, jobs=2, cache=None, progress=lambda done, total, name:
 
     cache: a folder. Only shipped cases: the processes find them again by name.
     """
-    kept, results, missing = Cache(cache), {}, {}
-    for case, target in pairs:
-        key = cache_key(case, target)
-        results[case.name, target] = kept.load(key)
-        if results[case.name, target] is None:
-            missing[case.name, target] = key
+    keys = {(case.name, target): cache_key(case, target) for case, target in pairs}
+    return measure_each(_measure_by_name, keys, jobs=jobs, cache=cache, progress=progress)
+
+
+def measure_each(work, keys, *, jobs=2, cache=None, progress=lambda done, total, name: None):
+    """{arguments: work(*arguments)}, Resources or CompileError, of {arguments: its cache key}; work is a module's function.
+
+    The first two arguments are the names of a case and a target.
+    """
+    kept = Cache(cache)
+    results = {arguments: kept.load(key) for arguments, key in keys.items()}
+    missing = [arguments for arguments, found in results.items() if found is None]
     done = len(results) - len(missing)
-    for pair, found in _compile_missing(list(missing), jobs):
-        results[pair], done = found, done + 1
+    for arguments, found in _compile_missing(work, missing, jobs):
+        results[arguments], done = found, done + 1
         if not isinstance(found, CompileError):
-            kept.store(missing[pair], found)
-        progress(done, len(results), " ".join(pair))
+            kept.store(keys[arguments], found)
+        progress(done, len(results), " ".join(arguments[:2]))
     return results
 
 
-def _compile_missing(pairs, jobs):
+def _compile_missing(work, pairs, jobs):
     """Yield (pair, result). A compiler that dies takes its pool along: what was left then runs in a pool per case."""
     left = dict.fromkeys(pairs)
     if pairs:
-        for pair, found in _in_pool(pairs, min(jobs, len(pairs))):
+        for pair, found in _in_pool(work, pairs, min(jobs, len(pairs))):
             if found is not None:
                 del left[pair]
                 yield pair, found
     for pair in left:
-        for _, found in _in_pool([pair], 1):
+        for _, found in _in_pool(work, [pair], 1):
             yield pair, found or CompileError("the compiler crashed")
 
 
-def _in_pool(pairs, jobs):
+def _in_pool(work, pairs, jobs):
     """Yield (pair, result), the result None when the pool broke. Spawned: a fork would share torch's threads."""
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(_measure_by_name, *pair): pair for pair in pairs}
+        futures = {pool.submit(work, *pair): pair for pair in pairs}
         for future in as_completed(futures):
             try:
                 yield futures[future], future.result()
@@ -150,7 +156,12 @@ def _cases_by_name(op, target):
 
 
 def _measure_by_name(name, target):
+    return measured(_cases_by_name(name.split(".")[0], target)[name], target)
+
+
+def measured(case, target):
+    """Its resources, or the CompileError of a case that does not compile."""
     try:
-        return measure_case(_cases_by_name(name.split(".")[0], target)[name], target)
+        return measure_case(case, target)
     except Exception as error:
         return CompileError(f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else 'no message'}")

@@ -20,11 +20,17 @@ __all__ = ["TARGETS", "Loop", "Resources", "measure", "measure_case", "problems"
 
 @dataclass(frozen=True)
 class Loop:
-    """An innermost loop: instructions of its body, and the cycles in which a warp issues them; None on AMD."""
+    """An innermost loop: instructions of its body, and the cycles in which a warp issues them; None on AMD.
+
+    loaded, shared: bytes that each lane loads from global memory and moves through shared memory in one pass, by the widths
+    of the instructions (LDG, LDGSTS; LDS, LDSM, STS, STSM, LDGSTS); TMA copies are not in them. 0 on AMD.
+    """
 
     instructions: int
     cycles: int | None
     tensor_cores: int
+    loaded: int = 0
+    shared: int = 0
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,7 @@ def _compile(source, target, options):
 def _loop(body):
     tensor_cores = sum(i.op in TENSOR_CORES for i in body)
     cycles = None if any(i.cycles is None for i in body) else sum(i.cycles for i in body)
-    return Loop(len(body), cycles, tensor_cores)
+    return Loop(len(body), cycles, tensor_cores, sum(i.loaded for i in body), sum(i.shared for i in body))
 
 
 def _counts(codes):

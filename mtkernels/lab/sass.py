@@ -18,6 +18,9 @@ _JUMP = re.compile(r"^(.*?)`\((\.L_x_\d+)\)")
 # Bits 105..108 of an instruction's 128: cycles until the warp may issue its next one.
 _STALL_SHIFT = 105 - 64
 _LONGEST_POLL = 16
+_GLOBAL_LOADS = ("LDG", "LDGSTS")
+_SHARED_ACCESSES = ("LDS", "LDSM", "STS", "STSM", "LDGSTS")
+_WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
 # Memory accesses, in part.
 _WORK = ("LDG", "LDS", "LDT", "STG", "STS", "STT", "RED", "ATOM", "UTM", "UBLK")
 
@@ -67,7 +70,18 @@ def _instruction(match, stall):
     # A predicate among the operands makes a branch conditional as well; so does divergence.
     conditional = bool(guard) or bool(jump and jump[1].strip()) or "DIV" in (modifiers or "")
     ends = op in ("BRA", "EXIT", "RET") and not conditional
-    return Instruction(op, jump[2] if jump else None, not ends, max(stall, 1))
+    # ptxas sets loads that never happen between real ones.
+    width = 0 if (guard or "").strip() == "@!PT" else _width(op, modifiers or "")
+    loaded, shared = width * (op in _GLOBAL_LOADS), width * (op in _SHARED_ACCESSES)
+    return Instruction(op, jump[2] if jump else None, not ends, max(stall, 1), loaded, shared)
+
+
+def _width(op, modifiers):
+    """Bytes a lane of a memory access moves; a matrix of LDSM and STSM is 8x8 elements of 16 bits, 4 bytes a lane."""
+    parts = modifiers.split(".")
+    if op in ("LDSM", "STSM"):
+        return 4 * int(parts[-1]) if parts[-1] in ("2", "4") else 4
+    return next((_WIDTHS[part] for part in parts if part in _WIDTHS), 4)
 
 
 def is_poll(body):
