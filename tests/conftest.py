@@ -45,10 +45,13 @@ class Way:
         return nullcontext()
 
 
-# What a test may ask for. Vendor matmuls promise no bits, so kernel_way is without them.
+# What a test may ask for. Vendor matmuls promise no bits, so kernel_way is without them; what the kernels have no part in
+# (threads of torch, autograd around an op) is tested where they are fast.
 WAY_FIXTURES = {
     "way": lambda way: True,
+    "fast_way": lambda way: not way.slow,
     "kernel_way": lambda way: way.backend != "reference",
+    "fast_kernel_way": lambda way: way.backend != "reference" and not way.slow,
     "emulated_triton_way": lambda way: way.backend == "triton" and way.device == "cpu",
 }
 
@@ -111,7 +114,8 @@ def pytest_collection_modifyitems(config, items):
 
 def _way(item):
     params = item.callspec.params if hasattr(item, "callspec") else {}
-    return next((params[fixture] for fixture in WAY_FIXTURES if fixture in params), None)
+    # where no way suits a fixture, pytest puts a mark in its place
+    return next((params[fixture] for fixture in WAY_FIXTURES if isinstance(params.get(fixture), Way)), None)
 
 
 def _stem(item):

@@ -179,12 +179,12 @@ def test_row_offsets_past_2_31_elements(name, dtype, kernel_way):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_thread_count_changes_no_bit(name, dtype, kernel_way):
-    ids, before = MIXED * (2 if kernel_way.slow else 40), torch.get_num_threads()
+def test_thread_count_changes_no_bit(name, dtype, fast_kernel_way):
+    ids, before = MIXED * 40, torch.get_num_threads()
 
     def slices(n_threads):
         torch.set_num_threads(n_threads)
-        problem = PROBLEMS[name](ids, dtype, kernel_way.device, backend=kernel_way.backend)
+        problem = PROBLEMS[name](ids, dtype, fast_kernel_way.device, backend=fast_kernel_way.backend)
         return problem.group_slices(problem.results())
 
     try:
@@ -269,8 +269,8 @@ def test_selective_checkpointing_sees_the_op(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_checkpoint_and_save_on_cpu_change_nothing(name, dtype, way):
-    problem = PROBLEMS[name](MIXED, dtype, way.device, backend=way.backend)
+def test_checkpoint_and_save_on_cpu_change_nothing(name, dtype, fast_way):
+    problem = PROBLEMS[name](MIXED, dtype, fast_way.device, backend=fast_way.backend)
     eager = problem.results()
     recomputed = problem.results(lambda: checkpoint(problem.fn, use_reentrant=False))
     with torch.autograd.graph.save_on_cpu():
@@ -289,8 +289,8 @@ def test_double_backward_raises_by_name(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_backward_twice_over_one_graph(name, dtype, way):
-    problem = PROBLEMS[name](MIXED, dtype, way.device, backend=way.backend)
+def test_backward_twice_over_one_graph(name, dtype, fast_way):
+    problem = PROBLEMS[name](MIXED, dtype, fast_way.device, backend=fast_way.backend)
     leaves, out = list(problem.leaves.values()), problem.fn()
     first = torch.autograd.grad(out, leaves, problem.upstream, retain_graph=True)
     second = torch.autograd.grad(out, leaves, problem.upstream)

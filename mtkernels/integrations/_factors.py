@@ -45,7 +45,8 @@ def view_of(shared, x, names, offsets):
     if names is None:
         return current_view(shared.model, shared.site, shared.name)
     if len(names) != len(x):
-        raise ValueError(f"{shared.name}: {len(names)} adapter_names for {len(x)} inputs; give one per input")
+        # PEFT's own words: callers may match them.
+        raise ValueError(f"Length of `adapter_names` should be the same as the number of inputs, but got {len(names)} and {len(x)} respectively.")
     return shared.model.named_view(names, offsets)
 
 

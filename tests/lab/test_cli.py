@@ -198,13 +198,14 @@ def emulated():
 def test_run_in_the_cuda_emulator(emulated, tmp_path, capsys):
     path = tmp_path / "run.json"
     assert cli.main(["run", "--on", "cuda-emulated", "--dtype", "fp32", "--json", str(path)]) == 0
-    (record,) = json.loads(path.read_text())["results"]
-    assert record["op"] == "task_reduce" and record["right"]
+    records = {record["op"]: record for record in json.loads(path.read_text())["results"]}
+    assert set(records) == {"lora_dropout_mask", "task_reduce"} and all(record["right"] for record in records.values())
+    record = records["task_reduce"]
     forward, backward = record["launches"]
     assert "fwd" in forward["kernel"] and forward["shared requests"] > 0 and backward["sectors/request"] >= 1
     with pytest.raises(SystemExit) as stop:
         cli.main(["run", "lora", "--on", "cuda-emulated"])
-    assert stop.value.code == 2 and "lora_fan_out cannot run there; task_reduce can" in capsys.readouterr().err
+    assert stop.value.code == 2 and "lora_fan_out cannot run there; lora_dropout_mask, task_reduce can" in capsys.readouterr().err
 
 
 @ordinary

@@ -160,7 +160,7 @@ def test_every_config_of_the_frozen_layer_sums_in_the_same_order():
 
 def test_only_the_cases_of_a_configuration_are_compiled():
     names = {bits: [c.name for c in tune.cases("lora_shrink", "grad_a", bits, "sm_90", tune.present("lora_shrink", "grad_a", bits, "sm_90"))] for bits in (16, 32)}
-    assert names[16] == ["lora_shrink.grad_a.bf16", "lora_shrink.grad_a.bf16.ragged"] and names[32][0] == "lora_shrink.grad_a.fp32"
+    assert names[16] == [f"lora_shrink.grad_a.bf16{suffix}" for suffix in ("", ".ragged", ".bits")] and names[32][0] == "lora_shrink.grad_a.fp32"
     assert not set(names[16]) & set(names[32])
     before = {c.name: c.options for c in matrix.shipped_cases("sm_90", ["lora_shrink"])}
     tune.cases("lora_shrink", "grad_a", 16, "sm_90", {"BLOCK_J": 16, "BLOCK_W": 16, "num_warps": 1, "num_stages": 1})
