@@ -117,8 +117,8 @@ def test_large_problems_span_the_grid_of_every_kernel(emulated_triton_way, way_i
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_run_twice_same_bits(name, dtype, way):
-    first, second = (PROBLEMS[name](MIXED, dtype, way.device, backend=way.backend).results() for _ in range(2))
+def test_run_twice_same_bits(name, dtype, fast_way):
+    first, second = (PROBLEMS[name](MIXED, dtype, fast_way.device, backend=fast_way.backend).results() for _ in range(2))
     assert all(same(first[key], second[key]) for key in first)
 
 
@@ -132,7 +132,9 @@ def test_tenant_isolation(name, dtype, kernel_way):
         return problem.group_slices(problem.results())
 
     mixed = slices(MIXED)
-    others = [sorted(MIXED), MIXED[::-1], MIXED + [1] * 9 + [-1] * 4, *([g] * MIXED.count(g) for g in set(MIXED))]
+    alone = (2, 5) if kernel_way.slow else set(MIXED)
+    others = [MIXED[::-1], MIXED + [1] * 9 + [-1] * 4, *([g] * MIXED.count(g) for g in alone)]
+    others += [] if kernel_way.slow else [sorted(MIXED)]
     for ids in others:
         got = slices(ids)
         assert got
