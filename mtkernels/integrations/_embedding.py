@@ -4,38 +4,27 @@ from peft.tuners.lora.layer import Embedding
 from torch import nn
 
 from ..ops import lora_embedding
-from ._factors import PLAIN, Factors, bank_of, described_tensor, is_hooked, refusal, view_of
+from ._factors import PLAIN, Factors, bank_of, described_tensor, is_hooked
+from ._routed import Routed
 
 
-class MtLoraEmbedding(Embedding):
+class MtLoraEmbedding(Routed, Embedding):
     """peft.tuners.lora.layer.Embedding that serves several adapters in one call. Made by `enable`, never constructed."""
 
-    def forward(self, x, *args, **kwargs):
-        shared, names = self._mtkernels, kwargs.pop("adapter_names", None)
-        stock = kwargs if names is None else {**kwargs, "adapter_names": names}
-        if self.disable_adapters:
-            return super().forward(x, *args, **stock)
-        view = view_of(shared, x, names, kwargs.get("alora_offsets"))
-        wanted = self.active_adapters if view is None else view.names
-        factors = {name: embedding_factors(self, name) for name in wanted if name in self.lora_embedding_A}
-        reason = refusal(self, factors) or table_reason(self.get_base_layer())
-        if reason and view is not None and names is None:
-            raise RuntimeError(f"{shared.name}: cannot serve this `adapters` block: {reason}")
-        if reason:
-            return super().forward(x, *args, **stock)
-        kwargs.pop("alora_offsets", None)
-        if not factors:
-            return self.base_layer(x, *args, **kwargs)
-        if view is not None:
-            plan = view.plan(x.shape, x.device, shared.name)
-            return self._apply_bank(x, None, bank_of(self, view.names, factors), plan, args, kwargs)
-        y = None
-        for name, f in factors.items():
-            plan = shared.model.uniform_plan(x.numel(), x, False)
-            y = self._apply_bank(x, y, bank_of(self, (name,), {name: f}), plan, args, kwargs)
-        return y
+    def _adapters(self):
+        return self.lora_embedding_A
 
-    def _apply_bank(self, x, y, bank, plan, args, kwargs):
+    def _factors(self, name):
+        return embedding_factors(self, name)
+
+    def _base_reason(self):
+        return table_reason(self.get_base_layer())
+
+    def _lead(self, x):
+        return x.shape
+
+    def _apply_bank(self, x, y, names, factors, plan, args, kwargs):
+        bank = bank_of(self, names, factors)
         base = self.base_layer
         if y is None and not args and not kwargs and is_plain_embedding(base):
             return lora_embedding(x, base.weight, bank, plan, padding_idx=base.padding_idx)

@@ -1,7 +1,5 @@
 """PEFT's LoRA Linear, plain, DoRA and aLoRA, on lora_linear, lora_delta and the ops of DoRA: the same parameters, another forward."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear
@@ -9,41 +7,24 @@ from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
 
 from ..ops import dora_dropout, dora_linear, dora_rescale, dora_scale, lora_delta, lora_linear
-from ._factors import bank_of, factors_of, is_plain_linear, refusal, view_of
+from ._factors import bank_of, factors_of, is_plain_linear
+from ._routed import Routed
 
 
-class Routed:
-    """forward of a swapped Linear; the class beside it is PEFT's, and serves what the ops do not."""
+class RoutedLinear(Routed):
+    """A linear layer over any base that computes x W^T: plain LoRA, DoRA and aLoRA adapters."""
 
-    def forward(self, x, *args, **kwargs):
-        shared, names = self._mtkernels, kwargs.pop("adapter_names", None)
-        stock = kwargs if names is None else {**kwargs, "adapter_names": names}
-        if self.disable_adapters:
-            self._check_forward_args(x, *args, **stock)
-            return super().forward(x, *args, **stock)
-        offsets = kwargs.get("alora_offsets")
-        view = view_of(shared, x, names, offsets)
-        wanted = self.active_adapters if view is None else view.names
-        factors = {name: factors_of(self, name) for name in wanted if name in self.lora_A}
-        reason = refusal(self, factors)
-        if reason and view is not None and names is None:
-            raise RuntimeError(f"{shared.name}: cannot serve this `adapters` block: {reason}")
-        if reason:
-            return super().forward(x, *args, **stock)
-        kwargs.pop("alora_offsets", None)
-        if not factors:
-            return self.base_layer(x, *args, **kwargs)
-        if view is not None:
-            plan = view.plan(x.shape[:-1], x.device, shared.name, any(f.dropout for f in factors.values()))
-            return self._apply_bank(x, None, view.names, factors, plan, args, kwargs)
-        y = None
-        for name, f in factors.items():
-            if f.invoked:
-                plan = shared.model.invoked_plan(x.shape[:-1], x, offsets, f.dropout > 0)
-            else:
-                plan = shared.model.uniform_plan(math.prod(x.shape[:-1]), x, f.dropout > 0)
-            y = self._apply_bank(x, y, (name,), {name: f}, plan, args, kwargs)
-        return y
+    def _adapters(self):
+        return self.lora_A
+
+    def _factors(self, name):
+        return factors_of(self, name)
+
+    def _base_reason(self):
+        return ""
+
+    def _lead(self, x):
+        return x.shape[:-1]
 
     def _apply_bank(self, x, y, names, factors, plan, args, kwargs):
         base, site, bank = self.base_layer, self._mtkernels.site, bank_of(self, names, factors)
@@ -75,5 +56,5 @@ class Routed:
         return dora_rescale(self._delta(x, product, bank, plan), scale, plan, y - product)
 
 
-class MtLoraLinear(Routed, Linear):
+class MtLoraLinear(RoutedLinear, Linear):
     """peft.tuners.lora.layer.Linear that serves several adapters in one call. Made by `enable`, never constructed."""

@@ -2,8 +2,8 @@
 
 from peft.tuners.lora.bnb import Linear4bit
 
-from ._linear import Routed
+from ._linear import RoutedLinear
 
 
-class MtLoraLinear4bit(Routed, Linear4bit):
+class MtLoraLinear4bit(RoutedLinear, Linear4bit):
     """peft.tuners.lora.bnb.Linear4bit that serves several adapters in one call. Made by `enable`, never constructed."""

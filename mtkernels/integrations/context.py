@@ -1,6 +1,7 @@
 """`with adapters(ids)`: which adapter each row of a micro-batch uses, for the layers that `enable` swapped."""
 
 import itertools
+import math
 import threading
 import weakref
 from contextlib import contextmanager, nullcontext
@@ -108,7 +109,8 @@ class EnabledModel:
         self.order = next(_keys)
         self.key = f"model{self.order}"
         self.root = (lambda: None) if root is None else weakref.ref(root)
-        self._known = self._named = self._uniform = None
+        self._known = self._named = None
+        self._active = {}  # whether of aLoRA: what its plan was made of, the plan
         self.numbers = {}
         _MODELS.add(self)
 
@@ -175,30 +177,29 @@ class EnabledModel:
             self._named = key, View(names, ids, keep_step=False, invocations=invocation_tokens(self.peft_config), offsets=offsets)
         return self._named[1]
 
-    def uniform_plan(self, n_rows, x, dropout):
-        """Every row in group 0: the plan of an active adapter outside `adapters`."""
-        key = n_rows, x.device
+    def active_plan(self, lead, x, offsets, factors):
+        """The plan of an active adapter outside `adapters`: every row in group 0, of aLoRA those that PEFT's offsets invoke."""
+        key = math.prod(lead), x.device, None
+        if factors.invoked:  # without offsets PEFT runs the base alone
+            key = tuple(lead), x.device, (None,) * lead[0] if offsets is None else tuple(offsets)
         if torch.compiler.is_compiling() or type(x) is not torch.Tensor:
             plan = _one_group(*key)
-        elif self._uniform is not None and self._uniform[0] == key:
-            plan = self._uniform[1]
+        elif self._active.get(factors.invoked, (None,))[0] == key:
+            plan = self._active[factors.invoked][1]
         else:
             with torch.inference_mode(False):  # kept across calls, so training must be able to save it
                 plan = _one_group(*key)
-            self._uniform = key, plan
+            self._active[factors.invoked] = key, plan
         # drawn from torch's generator, whose state checkpointing restores: the recompute replays the mask
-        return plan.with_step(None) if dropout else plan
+        return plan.with_step(None) if factors.dropout else plan
 
 
-    def invoked_plan(self, lead, x, offsets, dropout):
-        """The plan of an active aLoRA adapter outside `adapters`: PEFT's offsets; None = the base alone, as PEFT has it."""
-        rows = torch.zeros(lead[0], dtype=torch.int32, device=x.device)
-        ids = alora_ids(rows, [None] * len(rows) if offsets is None else offsets, lead[1] if len(lead) > 1 else 1)
-        return group_plan(ids.reshape(-1), 1, step=None if dropout else 0)
-
-
-def _one_group(n_rows, device):
-    return group_plan(torch.zeros(n_rows, dtype=torch.int32, device=device), 1, step=0)
+def _one_group(lead, device, offsets):
+    """lead: number of rows; with offsets, sequences (and tokens)."""
+    if offsets is None:
+        return group_plan(torch.zeros(lead, dtype=torch.int32, device=device), 1, step=0)
+    sequences = torch.zeros(lead[0], dtype=torch.int32, device=device)
+    return group_plan(alora_ids(sequences, list(offsets), lead[1] if len(lead) > 1 else 1).reshape(-1), 1, step=0)
 
 
 class AdapterBatch:
