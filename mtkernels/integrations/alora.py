@@ -19,6 +19,7 @@ class Invocations:
 
     def __init__(self, tokens, offsets=None):
         self.tokens, self.offsets, self.given = tokens, offsets, offsets is not None
+        self.continued = False
 
     def __bool__(self):
         return bool(self.tokens)
@@ -28,8 +29,11 @@ class Invocations:
         if self.given or input_ids.dim() != 2 or input_ids.is_floating_point() or ids.shape not in ((), input_ids.shape[:1]):
             return False
         if self.offsets is not None and cache is not None and cache.get_seq_length():
-            return False  # generation goes on from a prompt that was looked at
-        length, before = input_ids.shape[1], self.offsets
+            if not self.continued:  # generation goes on from a prompt that was looked at: an adapter invoked there stays
+                self.offsets, self.continued = self.offsets.sign() * torch.iinfo(torch.int64).max, True
+                return True
+            return False
+        length, before, self.continued = input_ids.shape[1], self.offsets, False
         ids = ids.to(input_ids.device).expand(len(input_ids))
         self.offsets = torch.zeros(ids.shape, dtype=torch.int64, device=ids.device)
         for adapter, tokens in self.tokens.items():

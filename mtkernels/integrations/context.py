@@ -375,10 +375,15 @@ class Planner:
             lead, tokens = embeds.shape[:2], embeds
         else:
             return
-        if view.invocations and view.invocations.find(tokens, view.ids, kwargs.get("past_key_values")):
+        if view.invocations and view.invocations.find(tokens, view.ids, _cache(kwargs)):
             view.plans = []
         if view.ids.shape == lead[: view.ids.dim()]:
             view.plan(lead, tokens.device, self.model.prefix)
+
+
+def _cache(kwargs):
+    """The model's cache of keys and values, whose name differs between versions of transformers."""
+    return next((value for value in kwargs.values() if hasattr(value, "get_seq_length")), None)
 
 
 def _in_backward():

@@ -8,7 +8,7 @@ from tiny_models import TARGETS, base_model, lora, lora_grads, mixed_step, names
 from torch import nn
 
 from mtkernels import checkpoint_context
-from mtkernels.integrations import adapters, disable, enable
+from mtkernels.integrations import adapters, context, disable, enable
 
 TABLE = [*TARGETS["llama"], "embed_tokens"]
 CAUSAL = {"task_type": "CAUSAL_LM"}  # PEFT looks for invocations in such a model only
@@ -182,3 +182,26 @@ def test_nf4_base_runs_lora_delta():
         want.backward(upstream[ids == i])
         for key, g in lora_grads(stock).items():
             torch.testing.assert_close(got[key], g, rtol=1e-4, atol=1e-4, msg=key)
+
+
+def test_an_active_alora_adapter_is_planned_once_a_batch(monkeypatch):
+    stock, enabled, _ = kind_pair("alora")
+    planned, plan = [], context.group_plan
+    monkeypatch.setattr(context, "group_plan", lambda *args, **kwargs: planned.append(args) or plan(*args, **kwargs))
+    for n_batches, x in enumerate((prompts(), prompts(), prompts().flip(0)), 1):
+        torch.testing.assert_close(enabled(input_ids=x).logits, stock(input_ids=x).logits, rtol=1e-4, atol=1e-5)
+        assert len(planned) == (1 if n_batches < 3 else 2)  # the second batch has the invocations of the first
+
+
+@pytest.mark.parametrize("kind", ["alora", "together"])
+def test_generation_with_a_cache_is_stock_pefts(kind):
+    stock, enabled, _ = kind_pair(kind)
+    x, options = prompts(), dict(max_new_tokens=4, do_sample=False, pad_token_id=0, use_cache=True)
+    with adapters(IDS):
+        mixed = enabled.generate(input_ids=x, **options)
+    for i, name in enumerate(names(stock)):
+        for model in (stock, enabled):
+            model.set_adapter(name)
+        want = stock.generate(input_ids=x[IDS == i], **options)
+        assert torch.equal(enabled.generate(input_ids=x[IDS == i], **options), want)
+        assert torch.equal(mixed[IDS == i], want)
