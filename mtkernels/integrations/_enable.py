@@ -84,7 +84,7 @@ def _swap_all(model):
     from peft import PeftModel
 
     from . import peft
-    from .context import Departure, Planner
+    from ._hooks import Departure, Planner
 
     rows = []
     for prefix, owner in _owners(model):
@@ -154,7 +154,7 @@ def disable(model):
     if find_spec("peft") is None:
         return
     from . import peft
-    from .context import Departure, Planner
+    from ._hooks import Departure, Planner
 
     for module in model.modules():
         peft.unguard(module, (peft.Guard, peft.LossForwarder, Departure, Planner))

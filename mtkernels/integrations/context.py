@@ -9,7 +9,6 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch._compile import _disable_dynamo  # torch.compiler.disable, without importing dynamo for seconds
 from torch._guards import TracingContext
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from ..ops import group_plan
@@ -326,72 +325,30 @@ def current_view(model, site, name):
 
 
 def _views():
-    if _local.views is None and _in_backward() and torch._C._is_key_in_tls(_STASH):
+    if _local.views is None and in_backward() and torch._C._is_key_in_tls(_STASH):
         return torch._C._get_obj_in_tls(_STASH)  # reentrant checkpointing on a GPU: backward runs in another thread
     return _local.views
 
 
-class Departure:
-    """Forward hook of an enabled model: its outputs remember the ids they were computed with until their backward."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def __call__(self, module, args, output):
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or _in_backward():
-            return
-        view = None if _local.views is None else _local.views.get(self.model.key)
-        if isinstance(view, View):
-            for node in {t.grad_fn for t in tree_leaves(output) if isinstance(t, torch.Tensor)} - {None}:
-                node.register_prehook(_Arrival(self.model.key, view))
+def open_view(model):
+    """The View of a model in the `adapters` block that is open, or None."""
+    view = None if _local.views is None else _local.views.get(model.key)
+    return view if isinstance(view, View) else None
 
 
-class _Arrival:
-    """Runs when backward reaches an output: a recompute under another block's ids must raise from here on."""
-
-    def __init__(self, key, view):
-        self.key, self.view = key, view
-
-    def __call__(self, grads):
-        views = _views()
-        if views is not None and views.get(self.key) is not self.view:
-            _local.stray = torch._C._current_graph_task_id(), self.key
+def mark_stray(model, view):
+    """Called where backward reaches an output of `view`: in another block, a recompute of the model must raise from here on."""
+    views = _views()
+    if views is not None and views.get(model.key) is not view:
+        _local.stray = torch._C._current_graph_task_id(), model.key
 
 
-class Planner:
-    """Forward pre-hook of an enabled model: makes the plan before the layers ask, where a compiled checkpoint may not."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def __call__(self, module, args, kwargs):
-        view = None if _local.views is None else _local.views.get(self.model.key)
-        if not isinstance(view, View):
-            return
-        tokens, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
-        if isinstance(tokens, torch.Tensor) and tokens.dim() == 2 and not tokens.is_floating_point():
-            lead = tokens.shape
-        elif isinstance(embeds, torch.Tensor) and embeds.dim() == 3:
-            lead, tokens = embeds.shape[:2], embeds
-        else:
-            return
-        if view.invocations and view.invocations.find(tokens, view.ids, _cache(kwargs)):
-            view.plans = []
-        if view.ids.shape == lead[: view.ids.dim()]:
-            view.plan(lead, tokens.device, self.model.prefix)
-
-
-def _cache(kwargs):
-    """The model's cache of keys and values, whose name differs between versions of transformers."""
-    return next((value for value in kwargs.values() if hasattr(value, "get_seq_length")), None)
-
-
-def _in_backward():
+def in_backward():
     return torch._C._current_graph_task_id() >= 0
 
 
 def _refuse_recompute(name):
-    if _in_backward():
+    if in_backward():
         raise RuntimeError(f"{name}: runs inside backward (a checkpoint's recompute) without the `adapters` of its forward. " + _REMEDY)
 
 
