@@ -16,15 +16,6 @@ MTK_INLINE void store_some(T* p, vf v, int n) {
   n == kWidth ? vstore(p, v) : vstore(p, v, n);
 }
 
-// v as elements of the row's type hold it.
-MTK_INLINE vf rounded(const float*, vf v) { return v; }
-template <class T>
-MTK_INLINE vf rounded(const T*, vf v) {
-  T t[kWidth];
-  vstore(t, v);
-  return vload(t);
-}
-
 // f(column, count) over a row of n, whole vectors first.
 template <class F>
 MTK_INLINE void for_vectors(int64_t n, const F& f) {
@@ -47,7 +38,7 @@ MTK_INLINE float sum_vectors(int64_t n, const F& term) {
 template <class T, bool kRoundFirst>
 MTK_INLINE vf xhat(const T* x, float rstd, int count) {
   const vf v = vmul(load_some(x, count), vset(rstd));
-  if constexpr (kRoundFirst) return rounded(x, v);
+  if constexpr (kRoundFirst) return vround(x, v);
   return v;
 }
 
@@ -117,7 +108,7 @@ template <class T, bool kTanhGelu>
 MTK_INLINE void gate_as(const T* gate, const T* up, int64_t n, T* h) {
   for_vectors(n, [&](int64_t k, int count) {
     const vf z = load_some(gate + k, count);
-    store_some(h + k, vmul(rounded(gate, vmul(z, gate_of<kTanhGelu>(z).p)), load_some(up + k, count)), count);
+    store_some(h + k, vmul(vround(gate, vmul(z, gate_of<kTanhGelu>(z).p)), load_some(up + k, count)), count);
   });
 }
 
@@ -132,7 +123,7 @@ MTK_INLINE void gate_bwd_as(const T* gate, const T* up, int64_t n, T* dh, T* dup
   for_vectors(n, [&](int64_t k, int count) {
     const vf z = load_some(gate + k, count), d = load_some(dh + k, count);
     const Gate g = gate_of<kTanhGelu>(z);
-    store_some(dup + k, vmul(d, rounded(gate, vmul(z, g.p))), count);
+    store_some(dup + k, vmul(d, vround(gate, vmul(z, g.p))), count);
     store_some(dh + k, vmul(vmul(d, load_some(up + k, count)), g.slope), count);
   });
 }

@@ -8,8 +8,6 @@ namespace mtk::cpu::MTK_ISA {
 
 constexpr float kInfinity = __builtin_inff();
 
-MTK_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
-
 MTK_INLINE float reduce_max(vf x) {
   float best = x[0];
   for (int i = 1; i < kWidth; ++i) best = x[i] > best ? x[i] : best;

@@ -13,6 +13,10 @@ MTK_INLINE vf vadd(vf a, vf b) { return _mm256_add_ps(a, b); }
 MTK_INLINE vf vmul(vf a, vf b) { return _mm256_mul_ps(a, b); }
 MTK_INLINE vf vfma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 
+// The larger; b where either is NaN.
+MTK_INLINE vf vmax(vf a, vf b) { return _mm256_max_ps(a, b); }
+MTK_INLINE vf vmin(vf a, vf b) { return _mm256_min_ps(a, b); }
+
 // `lanes` floats repeated over the vector.
 template <int lanes>
 MTK_INLINE vf vrepeat(const float* p) {
@@ -54,6 +58,11 @@ MTK_INLINE void vstore(T* p, vf v, int n) {
   vstore(lanes, v);
   std::memcpy(p, lanes, static_cast<size_t>(n) * sizeof(T));
 }
+
+// v as elements of a type hold it.
+MTK_INLINE vf vround(const float*, vf v) { return v; }
+MTK_INLINE vf vround(const bf16*, vf v) { return widen_bf16(narrow_bf16(v)); }
+MTK_INLINE vf vround(const f16*, vf v) { return _mm256_cvtph_ps(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
 
 // Zero where the keep bit is clear; `column` is a multiple of kWidth.
 MTK_INLINE vf vkeep(vf v, const uint8_t* bits, int64_t column) {

@@ -13,6 +13,10 @@ MTK_INLINE vf vadd(vf a, vf b) { return _mm512_add_ps(a, b); }
 MTK_INLINE vf vmul(vf a, vf b) { return _mm512_mul_ps(a, b); }
 MTK_INLINE vf vfma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 
+// The larger; b where either is NaN.
+MTK_INLINE vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }
+MTK_INLINE vf vmin(vf a, vf b) { return _mm512_min_ps(a, b); }
+
 // `lanes` floats repeated over the vector.
 template <int lanes>
 MTK_INLINE vf vrepeat(const float* p) {
@@ -29,13 +33,13 @@ MTK_INLINE vf vrepeat(const float* p) {
 MTK_INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 MTK_INLINE float widen(f16 v) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(v.bits))); }
 MTK_INLINE vf widen_bf16(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
-MTK_INLINE __m256i narrow_bf16(vf v) {
-  const __m512i u = _mm512_castps_si512(v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-  __m512i r = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-  r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
-  return _mm512_cvtepi32_epi16(r);
+// v with its upper 16 bits rounded to nearest even, and anything below.
+MTK_INLINE __m512i round_bf16(vf v) {
+  const __m512i u = _mm512_castps_si512(v), up = _mm512_add_epi32(u, _mm512_set1_epi32(0x7fff));
+  const __m512i r = _mm512_mask_add_epi32(up, _mm512_test_epi32_mask(u, _mm512_set1_epi32(0x10000)), up, _mm512_set1_epi32(1));
+  return _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
 }
+MTK_INLINE __m256i narrow_bf16(vf v) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_bf16(v), 16)); }
 
 MTK_INLINE vf vload(const float* p) { return _mm512_loadu_ps(p); }
 MTK_INLINE vf vload(const bf16* p) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
@@ -54,6 +58,11 @@ MTK_INLINE void vstore(bf16* p, vf v, int n) { _mm256_mask_storeu_epi16(p, first
 MTK_INLINE void vstore(f16* p, vf v, int n) {
   _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+
+// v as elements of a type hold it.
+MTK_INLINE vf vround(const float*, vf v) { return v; }
+MTK_INLINE vf vround(const bf16*, vf v) { return _mm512_castsi512_ps(_mm512_and_si512(round_bf16(v), _mm512_set1_epi32(-0x10000))); }
+MTK_INLINE vf vround(const f16*, vf v) { return _mm512_cvtph_ps(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
 
 // Zero where the keep bit is clear; `column` is a multiple of kWidth.
 MTK_INLINE vf vkeep(vf v, const uint8_t* bits, int64_t column) {

@@ -21,6 +21,10 @@ MTK_INLINE vf vfma(vf a, vf b, vf c) {
 #endif
 }
 
+// The larger; b where either is NaN.
+MTK_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+MTK_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
+
 template <int lanes>
 MTK_INLINE vf vrepeat(const float* p) {
   static_assert(lanes == 1, "lanes");
@@ -71,6 +75,15 @@ MTK_INLINE void vstore(T* p, vf v) {
 template <class T>
 MTK_INLINE void vstore(T* p, vf v, int n) {
   for (int i = 0; i < n; ++i) narrow(p + i, v[i]);
+}
+
+// v as elements of a type hold it.
+MTK_INLINE vf vround(const float*, vf v) { return v; }
+template <class T>
+MTK_INLINE vf vround(const T*, vf v) {
+  T t[kWidth];
+  vstore(t, v);
+  return vload(t);
 }
 
 // Zero where the keep bit is clear; `column` is a multiple of kWidth.

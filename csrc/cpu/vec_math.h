@@ -16,8 +16,7 @@ MTK_INLINE float reduce_sum(vf x) {
 // exp to about 1 ulp on [-87.33, 88]; 0 below (subnormal results flush), NaN for NaN.
 MTK_INLINE vf vexp(vf x) {
   const vf lowest = vset(-87.33654f);
-  vf y = x < lowest ? lowest : x;
-  y = y > 88.0f ? vset(88.0f) : y;
+  const vf y = vmin(vset(88.0f), vmax(lowest, x));
   const vf shifted = y * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the low bits now hold round(y / ln 2)
   const vf n = shifted - 12582912.0f;
   const vf r = (y - n * 0.693145752f) - n * 1.42860677e-6f;
