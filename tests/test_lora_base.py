@@ -23,9 +23,10 @@ def draw(*shape, dtype):
     return torch.randn(*shape).to(dtype)
 
 
+@pytest.mark.parametrize("n_in", [D, D - 1])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_against_torch(dtype):
-    x, w, bias, dy = draw(T, D, dtype=dtype), draw(O, D, dtype=dtype), draw(O, dtype=dtype), draw(T, O, dtype=dtype)
+def test_against_torch(dtype, n_in):
+    x, w, bias, dy = draw(T, n_in, dtype=dtype), draw(O, n_in, dtype=dtype), draw(O, dtype=dtype), draw(T, O, dtype=dtype)
     run = _native.ops()
     for ours, plain, exact in (
         (run.lora_base_linear(x, w, bias), F.linear(x, w, bias), F.linear(x.double(), w.double(), bias.double())),
@@ -55,8 +56,10 @@ def test_layers_of_one_input_add_up_before_rounding():
     assert_accurate(dx, exact.float().bfloat16(), exact, torch.bfloat16)
 
 
-def test_strides_and_nothing_at_all():
-    run, x, w = _native.ops(), torch.randn(9, 40), torch.randn(20, 50)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("stride", [50, 51])
+def test_strides_and_nothing_at_all(dtype, stride):
+    run, x, w = _native.ops(), draw(9, 40, dtype=dtype), draw(20, stride, dtype=dtype)
     assert torch.equal(run.lora_base_linear(x[:, 3:27], w[:, 5:29], None), run.lora_base_linear(x[:, 3:27].contiguous(), w[:, 5:29].contiguous(), None))
     assert run.lora_base_linear(x[:0], w[:, :40], None).shape == (0, 20)
     assert not run.lora_base_linear(x[:, :0], w[:, :0], None).any()

@@ -7,7 +7,6 @@
 #endif
 
 #include <algorithm>
-#include <cstdlib>
 
 namespace mtk::cpu {
 namespace {
@@ -48,21 +47,19 @@ Tensor base_matmul(const char* name, const Tensors& xs, const Tensors& ws, const
   int64_t cols = kBaseCols;
   while (cols > 64 && row_parts * ceil_div(call.N, cols) < 2 * static_cast<int64_t>(torch::stable::get_num_threads())) cols /= 2;
   const int64_t col_parts = ceil_div(call.N, cols);
-  const LoraKernels& kernels = lora_kernels();
-  run_items(row_parts * col_parts, kernels.base_scratch(), [&](int64_t i, float* scratch) {
+  const BaseKernels& kernels = base_kernels(call.type);
+  run_items(row_parts * col_parts, kernels.scratch(), [&](int64_t i, float* scratch) {
     const int64_t row = i % row_parts, col = i / row_parts * cols;
-    kernels.base(call, row * rows, std::min(call.M, (row + 1) * rows), col, std::min(call.N, col + cols), scratch);
+    kernels.tile(call, row * rows, std::min(call.M, (row + 1) * rows), col, std::min(call.N, col + cols), scratch);
   });
   return y;
 }
 
 bool detect_fast_16bit(bool fp16) {
 #ifdef __x86_64__
-  const char* forced = std::getenv("MTKERNELS_CPU_ISA");
-  if ((forced && *forced) || isa() != Isa::avx512) return false;
+  if (!fp16) return has_bf16_dot();
   uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
-  if (fp16) return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & (1u << 23));  // AVX512-FP16
-  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & (1u << 5));             // AVX512-BF16
+  return isa_is_free() && isa() == Isa::avx512 && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & (1u << 23));  // AVX512-FP16
 #else
   (void)fp16;
   return true;

@@ -20,11 +20,9 @@ MTK_INLINE float line_dot(const float* a, const T* b, int64_t n) {
   return total;
 }
 
-// The sum of a row, with the bias, dot and gate of the call, to y.
-static void finish_base(const BaseCall& call, int64_t i, const float* acc, int64_t col0, int64_t n) {
+// The sums of a row, with the bias, dot and gate of the call, to y. Writes `line`.
+static void finish_base(const BaseCall& call, int64_t i, float* line, int64_t col0, int64_t n) {
   const int64_t y_row = call.y_rows ? call.y_rows[i] : i;
-  float line[kBaseCols];
-  dot_finish(acc, n, 1.f, line);
   MTK_WITH_TYPE(call.type, T, {
     for (int64_t j = 0; call.bias && j < n; j += kWidth) {
       const int count = static_cast<int>(least(kWidth, n - j));
@@ -38,7 +36,7 @@ static void finish_base(const BaseCall& call, int64_t i, const float* acc, int64
 }
 
 // y[row0..row1][col0..col1]: panels widened to fp32 in cache, one rounding at the end.
-static void base(const BaseCall& call, int64_t row0, int64_t row1, int64_t col0, int64_t col1, float* scratch) {
+static void base_tile(const BaseCall& call, int64_t row0, int64_t row1, int64_t col0, int64_t col1, float* scratch) {
   Arena arena{scratch};
   float* block = Arena::take(&arena, kBlockFloats);
   float* panel = Arena::take(&arena, kBlock * kBaseCols);
@@ -60,7 +58,11 @@ static void base(const BaseCall& call, int64_t row0, int64_t row1, int64_t col0,
         }
       });
     }
-  for (int64_t i = row0; i < row1; ++i) finish_base(call, i, acc + (i - row0) * acc_stride, col0, n);
+  for (int64_t i = row0; i < row1; ++i) {
+    float line[kBaseCols];
+    dot_finish(acc + (i - row0) * acc_stride, n, 1.f, line);
+    finish_base(call, i, line, col0, n);
+  }
 }
 
 static void sum_rows(const float* z, int64_t stride, int64_t count, int64_t n, Element type, void* out) {

@@ -8,6 +8,9 @@
 // Clang has no `#pragma GCC target`; there, and on other processors, the generic kernels are all there is.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define MTK_X86_KERNELS 1
+#if __GNUC__ >= 10
+#define MTK_BF16_KERNELS 1
+#endif
 #endif
 
 namespace mtk {
@@ -114,6 +117,13 @@ struct BaseCall {
 constexpr int64_t kBaseRows = 360;
 constexpr int64_t kBaseCols = 256;
 
+struct BaseKernels {
+  // Floats of scratch a tile needs.
+  int64_t (*scratch)();
+  // Rows [row0, row1), at most kBaseRows, of columns [col0, col1), at most kBaseCols.
+  void (*tile)(const BaseCall&, int64_t row0, int64_t row1, int64_t col0, int64_t col1, float* scratch);
+};
+
 using LoraKernel = void (*)(const LoraCall&, const LoraItem&, float* scratch);
 
 struct LoraKernels {
@@ -126,8 +136,7 @@ struct LoraKernels {
   LoraKernel backward_y, finish_d, backward_x;
   // Sum an adapter's partial gradients over its row groups.
   LoraKernel reduce_A, reduce_B;
-  int64_t (*base_scratch)();
-  void (*base)(const BaseCall&, int64_t row0, int64_t row1, int64_t col0, int64_t col1, float* scratch);
+  BaseKernels base;
   // Keep bits of a row's n_cols columns, zeros to the end of the last byte.
   void (*keep_row)(const DropoutKey&, uint32_t threshold, int64_t n_cols, uint8_t* bits);
   // out[n] = sum of n floats at z, z + stride, ..., in this order.
@@ -137,5 +146,7 @@ struct LoraKernels {
 extern const LoraKernels lora_generic;
 extern const LoraKernels lora_avx2;
 extern const LoraKernels lora_avx512;
+// For bfloat16, on CPUs with its dot product.
+extern const BaseKernels base_avx512bf16;
 
 }  // namespace mtk::cpu

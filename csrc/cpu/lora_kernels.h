@@ -244,6 +244,6 @@ static void keep_row(const DropoutKey& key, uint32_t threshold, int64_t n_cols, 
   }
 }
 
-#define MTK_LORA_KERNELS(isa) {isa::d_stride, isa::lora_scratch, isa::shrink, isa::expand, isa::backward_y, isa::finish_d, isa::backward_x, isa::reduce_A, isa::reduce_B, isa::base_scratch, isa::base, isa::keep_row, isa::sum_rows}
+#define MTK_LORA_KERNELS(isa) {isa::d_stride, isa::lora_scratch, isa::shrink, isa::expand, isa::backward_y, isa::finish_d, isa::backward_x, isa::reduce_A, isa::reduce_B, {isa::base_scratch, isa::base_tile}, isa::keep_row, isa::sum_rows}
 
 }  // namespace mtk::cpu::MTK_ISA

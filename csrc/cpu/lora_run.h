@@ -23,6 +23,16 @@ inline const LoraKernels& lora_kernels() {
   return lora_generic;
 }
 
+// Of the frozen layer, for rows and weights of one type.
+inline const BaseKernels& base_kernels(Element type) {
+#ifdef MTK_BF16_KERNELS
+  if (type == Element::bf16 && has_bf16_dot()) return base_avx512bf16;
+#else
+  (void)type;
+#endif
+  return lora_kernels().base;
+}
+
 inline Element element_of(torch::headeronly::ScalarType dtype) {
   using torch::headeronly::ScalarType;
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,

@@ -97,10 +97,10 @@ class Experts {
         for (int64_t row = 0; row < M; row += rows)
           items.push_back({e, row, std::min(M, row + rows), col, std::min(block.col1, col + kBaseCols)});
     }
-    const LoraKernels& kernels = lora_kernels();
-    run_items(static_cast<int64_t>(items.size()), kernels.base_scratch(), [&](int64_t i, float* scratch) {
+    const BaseKernels& kernels = base_kernels(shared_.type);
+    run_items(static_cast<int64_t>(items.size()), kernels.scratch(), [&](int64_t i, float* scratch) {
       const Item& item = items[static_cast<size_t>(i)];
-      kernels.base(calls[item.expert], item.row0, item.row1, item.col0, item.col1, scratch);
+      kernels.tile(calls[item.expert], item.row0, item.row1, item.col0, item.col1, scratch);
     });
   }
 

@@ -20,7 +20,10 @@ struct f16 {
 
 }  // namespace mtk::cpu
 
-#if defined(MTK_ISA_AVX512)
+#if defined(MTK_ISA_AVX512BF16)
+#define MTK_ISA_AVX512
+#define MTK_ISA avx512bf16
+#elif defined(MTK_ISA_AVX512)
 #define MTK_ISA avx512
 #elif defined(MTK_ISA_AVX2)
 #define MTK_ISA avx2
