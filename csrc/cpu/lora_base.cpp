@@ -2,10 +2,6 @@
 #include "lora.h"
 #include "lora_run.h"
 
-#ifdef __x86_64__
-#include <cpuid.h>
-#endif
-
 #include <algorithm>
 
 namespace mtk::cpu {

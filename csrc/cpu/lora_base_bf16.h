@@ -1,4 +1,4 @@
-// The frozen layer by the bfloat16 dot product, which multiplies pairs and sums in fp32 in the order of base_tile, flushing subnormals.
+// The frozen layer by the bfloat16 dot product: pairs of products summed in fp32, in a fixed order, subnormals flushed.
 // Rows and weights stay bfloat16; a pair of neighbours along the sum is one 32-bit element.
 #pragma once
 
