@@ -44,11 +44,13 @@ STABLE_TORCH_LIBRARY(mtkernels_C, m) {
       " Tensor(c!)[] dA) -> ()");
   m.def(
       "moe_lora_linear_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor[] A, Tensor[] B, Tensor[] lora_bias, Tensor scale, Tensor threshold,"
-      " Tensor seeds, Tensor? gates, Tensor offsets, Tensor perm, Tensor tiles, Tensor step, int site, bool dropout) -> (Tensor, Tensor)");
+      " Tensor seeds, Tensor? gates, Tensor offsets, Tensor perm, Tensor tiles, Tensor step, int site, bool dropout,"
+      " Tensor(a!)? bits=None) -> (Tensor, Tensor)");
   m.def(
       "moe_lora_linear_bwd(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor s, Tensor[] A, Tensor[] B, Tensor[] lora_bias,"
       " Tensor scale, Tensor threshold, Tensor seeds, Tensor? gates, Tensor offsets, Tensor perm, Tensor tiles, Tensor step, int site,"
-      " bool dropout, Tensor(a!)? dx, Tensor(b!)? dgates, Tensor(c!)? e, Tensor(d!)[] dA, Tensor(e!)[] dB, Tensor(f!)[] dbias) -> ()");
+      " bool dropout, Tensor(a!)? dx, Tensor(b!)? dgates, Tensor(c!)? e, Tensor(d!)[] dA, Tensor(e!)[] dB, Tensor(f!)[] dbias,"
+      " Tensor? bits=None) -> ()");
   m.def("lora_base_linear(Tensor x, Tensor w, Tensor? bias) -> Tensor");
   m.def("lora_base_dx(Tensor[] dys, Tensor[] ws) -> Tensor");
   m.def("cpu_has_fast_mkl() -> bool");

@@ -44,6 +44,13 @@ class Layer:
         bank = mtk.LoraBank.from_factors(self.A[0][:3:2], self.B[0][:3:2], 1.5, dropout=self.dropout[:3:2], seeds=[1, 2])
         return mtk.lora_fan_out(self.x, self.weights[0], None, bank, plan=mtk.group_plan(ids, 1, step=STEP, backend=self.way.backend), **kw)
 
+    def experts(self, **kw):
+        """The six adapters as three on each of two experts; the last position has an expert alone."""
+        places = torch.where(self.ids < 0, -1, self.ids + self.ids // 3)
+        places.view(-1)[-1] = 3
+        plan = mtk.group_plan(places, 8, step=STEP, backend=self.way.backend)
+        return mtk.moe_lora_linear(self.x, self.weights[0].detach().expand(2, -1, -1), None, self.banks[0], plan, **kw)
+
 
 CALLS = {
     "lora_linear": lambda n, plan, **kw: mtk.lora_linear(n.x, n.weights[0], n.biases[0], n.banks[0], plan, site=SITES[0], **kw),
@@ -56,11 +63,13 @@ CALLS = {
     "lora_delta_group": lambda n, plan, **kw: mtk.lora_delta_group(n.x, n.banks, plan, sites=SITES, **kw),
     "lora_fan_out": lambda n, plan, **kw: n.fan(site=2, **kw),
     "lora_shrink": lambda n, plan, **kw: mtk.lora_shrink(n.x, n.banks[0], plan, site=SITES[0], **kw),
+    "moe_lora_linear": lambda n, plan, **kw: n.experts(site=2, **kw),
 }
 SLOT_CALLS = {
     "lora_linear": lambda n, plan, **kw: mtk.lora_linear(n.x, n.weights[0], None, n.banks[0], plan, gates=n.gates, **kw),
     "lora_delta_group": lambda n, plan, **kw: mtk.lora_delta_group(n.x, n.banks, plan, **kw),
     "lora_shrink": lambda n, plan, **kw: mtk.lora_shrink(n.x, n.banks[0], plan, **kw),
+    "moe_lora_linear": lambda n, plan, **kw: n.experts(gates=n.gates, **kw),
 }
 
 
@@ -116,7 +125,7 @@ def test_the_same_bits_of_a_fat_adapter_and_many_columns(way):
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
-@pytest.mark.parametrize("name", ["lora_linear", "lora_linear_group", "lora_shrink"])
+@pytest.mark.parametrize("name", ["lora_linear", "lora_linear_group", "lora_shrink", "moe_lora_linear"])
 def test_a_recompute_gives_the_same_bits(name, use_reentrant, way):
     layer = Layer(way, 37)
     plan, kw = layer.plan(), dict(backend=way.backend)

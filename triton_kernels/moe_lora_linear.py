@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import arch_of, cdiv, compile_case, dropout_keep, dropout_scale, launch_options, tile_index
+from ._common import arch_of, cdiv, compile_case, dropout_scale, launch_options, tile_index
 from ._lora import (
     DTYPES,
     PTR_A,
@@ -31,12 +31,10 @@ from ._lora import (
     slots_of,
     strides_of_B,
 )
-from .lora_base import base_dot, grouped_tiles, rank_dot, tile_rows
+from .lora_base import MAX_STRIDE, base_dot, grouped_tiles, rank_dot, tile_rows
 from .lora_expand import launch_ds_and_grad_b, row_dot
-from .lora_shrink import launch_finish, launch_grad_a, launch_shrink, new_partial, new_s
-
-# 256 of them fit an int32.
-_MAX_STRIDE = 2**22
+from .lora_kernels import bits_of_target, keep_tile
+from .lora_shrink import bits_args, launch_finish, launch_grad_a, launch_shrink, new_partial, new_s
 
 
 @triton.jit
@@ -86,7 +84,7 @@ def _moe_fwd_kernel(
 def _moe_dx_kernel(
     dy_ptr, stride_dy, weight_ptr, stride_e, stride_o, stride_d, x_ptr, stride_x,  # dy [T or P, O], W [E, O, D], x [T or P, D]
     dx_ptr, stride_dx, parts_ptr, perm_ptr, offsets_ptr, tiles_ptr,  # outputs [P, D] or None, [column tiles, P] or None; and the plan
-    table_ptr, step_ptr, ds_ptr, stride_ds, gates_ptr,
+    table_ptr, step_ptr, bits_ptr, stride_bits, n_bytes, ds_ptr, stride_ds, gates_ptr,
     n_positions, slots_y, slots_x, d_in, d_out, n_row_tiles, n_column_tiles, n_groups, n_experts,
     DROPOUT: tl.constexpr, HAS_LORA: tl.constexpr, FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr, ALIGN_A: tl.constexpr,
     EVEN_K: tl.constexpr, TILE_INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -115,7 +113,7 @@ def _moe_dx_kernel(
         if gates_ptr is not None:
             acc *= tl.load(gates_ptr + b_p, mask=m_row, other=0.0)[:, None]
         if HAS_LORA and dx_ptr is not None:
-            threshold, seed, site, step = dropout_of(table_ptr, n_groups, group, step_ptr, DROPOUT)
+            mask = dropout_of(table_ptr, n_groups, group, step_ptr, DROPOUT)
             part = rank_dot(
                 tl.zeros([BLOCK_M, BLOCK_N], tl.float32),
                 ds_ptr + b_p[:, None] * stride_ds + size_field(table_ptr, n_groups, group, S_BEGIN, ALIGN),
@@ -124,8 +122,9 @@ def _moe_dx_kernel(
                 size_field(table_ptr, n_groups, group, RANK, ALIGN), column, d_in, BLOCK_N,
             )  # fmt: skip
             if DROPOUT:
-                part = tl.where(dropout_keep(seed, o_i, column, site, step, threshold, BLOCK_N), part, 0.0)
-            acc = tl.fma(part, dropout_scale(threshold, DROPOUT), acc)
+                bits = bits_of_target(bits_ptr, stride_bits, n_bytes, 0)
+                part = tl.where(keep_tile(mask, bits, b_p, m_row, o_i, column, BLOCK_N), part, 0.0)
+            acc = tl.fma(part, dropout_scale(mask[0], DROPOUT), acc)
     if dx_ptr is not None:
         p_dx = dx_ptr + b_p[:, None] * stride_dx + o_n[None, :]
         tl.store(p_dx, acc.to(dx_ptr.dtype.element_ty), mask=m_row[:, None] & m_n[None, :])
@@ -183,7 +182,7 @@ def _bank(weight, A, B, bias, scale, threshold, seeds, site, *grads):
 
 
 def _weight_args(weight):
-    if max(weight.stride()[1:]) >= _MAX_STRIDE:
+    if max(weight.stride()[1:]) >= MAX_STRIDE:
         weight = weight.contiguous()
     return weight, *weight.stride()
 
@@ -206,7 +205,7 @@ def _launch_fwd(bank, x, weight, bias, s, gates, offsets, perm, tiles, z):
         )  # fmt: skip
 
 
-def _launch_dx(bank, dy, weight, x, ds, gates, offsets, perm, tiles, step, dropout, dx, wants_parts):
+def _launch_dx(bank, dy, weight, x, ds, gates, offsets, perm, tiles, step, dropout, bits, dx, wants_parts):
     """Parts [column tiles, P] of the gates' gradients, or None; writes dx [P, D] unless it is None."""
     (n_experts, d_out, d_in), options = weight.shape, _options("dx", dy.device, dy.dtype, ds.dtype)
     grid = _tiles(bank, perm, d_in, options)
@@ -214,7 +213,8 @@ def _launch_dx(bank, dy, weight, x, ds, gates, offsets, perm, tiles, step, dropo
     if perm.numel() and grid[1]:
         _moe_dx_kernel[(grid[0] * grid[1],)](
             dy, dy.stride(0), *_weight_args(weight), x, x.stride(0),
-            dx, 0 if dx is None else dx.stride(0), parts, perm, offsets, tiles, bank.table, step, ds, ds.stride(0), gates,
+            dx, 0 if dx is None else dx.stride(0), parts, perm, offsets, tiles, bank.table, step, *bits_args(bits),
+            ds, ds.stride(0), gates,
             perm.numel(), slots_of(perm, len(dy)), slots_of(perm, len(x)), d_in, d_out, *grid, bank.n_adapters, n_experts,
             DROPOUT=dropout, HAS_LORA=bool(bank.constexprs["BUCKETS"]), EVEN_K=d_out % options["BLOCK_K"] == 0,
             TILE_INDEX=tile_index(options["BLOCK_M"]), **bank.pick("FACTOR", "ALIGNED", "ALIGN", "ALIGN_A"), **options,
@@ -242,13 +242,13 @@ def _launch_gate_grad(bank, dy, bias, parts, e, offsets, perm, tiles, n_experts,
         )  # fmt: skip
 
 
-def moe_lora_linear_fwd(x, weight, bias, A, B, lora_bias, scale, threshold, seeds, gates, offsets, perm, tiles, step, site, dropout):
-    """(y, S) in two launches, or three where the K results of a row are added."""
+def moe_lora_linear_fwd(x, weight, bias, A, B, lora_bias, scale, threshold, seeds, gates, offsets, perm, tiles, step, site, dropout, bits=None):
+    """(y, S) in two launches, or three where the K results of a row are added; fills the keep bits, if given."""
     plan, summed = (offsets, perm, tiles), gates is not None and gates.shape[1] > 1
     with torch.cuda.device_of(x):
         bank = _bank(weight, A, B, lora_bias, scale, threshold, seeds, site)
         s = new_s(bank, x, perm, A)
-        launch_shrink(bank, x, *plan, step, dropout, s)
+        launch_shrink(bank, x, *plan, step, dropout, s, bits)
         z = x.new_empty(perm.numel(), weight.shape[1], dtype=torch.float32 if summed else x.dtype)
         _launch_fwd(bank, x, weight, bias if bias is None else bias.contiguous(), s, gates, *plan, z)
         if not summed:
@@ -259,20 +259,20 @@ def moe_lora_linear_fwd(x, weight, bias, A, B, lora_bias, scale, threshold, seed
 
 
 def moe_lora_linear_bwd(
-    dy, x, weight, bias, s, A, B, lora_bias, scale, threshold, seeds, gates, offsets, perm, tiles, step, site, dropout, dx, dgates, e, dA, dB, dbias
+    dy, x, weight, bias, s, A, B, lora_bias, scale, threshold, seeds, gates, offsets, perm, tiles, step, site, dropout, dx, dgates, e, dA, dB, dbias, bits=None
 ):
-    """dx, dgates and e (or None) and the gradients are written. Four launches, one more to add K parts of dx, one for dgates."""
+    """dx, dgates and e (or None) and the gradients are written; bits: keep bits of the forward. Four launches, one more to add K parts of dx, one for dgates."""
     plan, summed = (offsets, perm, tiles), dx is not None and perm.numel() > len(x)
     with torch.cuda.device_of(s):
         bank = _bank(weight, A, B, lora_bias, scale, threshold, seeds, site, dA, dB, dbias)
         partial, ds = new_partial(bank, perm), torch.empty_like(s)
         launch_ds_and_grad_b(bank, [dy], s, gates, *plan, ds, e, partial)
-        launch_grad_a(bank, ds, x, *plan, step, dropout, partial)
-        launch_finish(bank, ds, len(x), *plan, step, dropout, None, partial)
+        launch_grad_a(bank, ds, x, *plan, step, dropout, partial, bits)
+        launch_finish(bank, ds, len(x), *plan, step, dropout, None, partial, bits)
         if dx is None and dgates is None:
             return
         rows = x.new_empty(perm.numel(), x.shape[1], dtype=torch.float32) if summed else dx
-        parts = _launch_dx(bank, dy, weight, x, ds, gates, *plan, step, dropout, rows, dgates is not None)
+        parts = _launch_dx(bank, dy, weight, x, ds, gates, *plan, step, dropout, bits, rows, dgates is not None)
         if summed:
             _launch_sum(rows, dx)
         if dgates is not None:
@@ -280,12 +280,12 @@ def moe_lora_linear_bwd(
 
 
 def compile_cases(arch):
-    """bf16, float32, float32 factors over bf16 rows; `.ragged`: sizes that are no multiples of the tiles, K slots, gates and their gradient."""
+    """bf16, float32, float32 factors over bf16 rows; `.ragged`: sizes that are no multiples of the tiles, K slots, gates and their gradient; `.bits`: kept masks."""
     for variant, rows, s in (("bf16", torch.bfloat16, torch.bfloat16), ("fp32", torch.float32, torch.float32), ("mixed", torch.bfloat16, torch.float32)):
         for name, kernel in (("fwd", _moe_fwd_kernel), ("dx", _moe_dx_kernel)):
-            for suffix in ("", ".ragged"):
+            for suffix in ("", ".ragged", ".bits")[: 3 if name == "dx" else 2]:
                 options = launch_options("moe_lora_linear", name + "_mixed" * (variant == "mixed"), arch, 32 if rows == torch.float32 else 16)
-                yield _case(f"moe_lora_linear.{name}.{variant}{suffix}", kernel, options, rows, s, not suffix)
+                yield _case(f"moe_lora_linear.{name}.{variant}{suffix}", kernel, options, rows, s, suffix)
     for variant, pointer in (("bf16", "*bf16"), ("fp32", "*fp32")):
         types = dict(y_ptr=pointer, dy_ptr=pointer, bias_ptr=pointer, table_ptr="*i64")
         types |= dict.fromkeys(("z_ptr", "parts_ptr", "e_ptr", "dgates_ptr"), "*fp32") | dict.fromkeys(("perm_ptr", "offsets_ptr", "tiles_ptr"), "*i32")
@@ -295,14 +295,16 @@ def compile_cases(arch):
             yield compile_case(f"moe_lora_linear.{name}.{variant}", kernel, types, options, **fixed)
 
 
-def _case(name, kernel, options, rows, s, even):
+def _case(name, kernel, options, rows, s, suffix):
+    even = suffix != ".ragged"
     pointer = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
     types = dict.fromkeys(("perm_ptr", "offsets_ptr", "tiles_ptr"), "*i32") | dict.fromkeys(("table_ptr", "step_ptr"), "*i64")
     types |= dict.fromkeys(("x_ptr", "dy_ptr", "weight_ptr", "bias_ptr"), pointer[rows]) | dict.fromkeys(("s_ptr", "ds_ptr"), pointer[s])
-    types |= dict.fromkeys(("z_ptr", "dx_ptr"), pointer[rows] if even else "*fp32") | dict.fromkeys(("gates_ptr", "parts_ptr"), "*fp32")
+    types |= dict.fromkeys(("z_ptr", "dx_ptr"), pointer[rows] if even else "*fp32") | dict.fromkeys(("gates_ptr", "parts_ptr"), "*fp32") | dict(bits_ptr="*u8")
     fixed = dict(
         HAS_LORA=True, HAS_BIAS=True, DROPOUT=True, LAYOUT=0, ALIGNED=True, ALIGN=8 if even else 1, ALIGN_A=8, FACTOR=DTYPES[s],
         EVEN_K=even, TILE_INDEX=tile_index(options["BLOCK_M"]), stride_d=1, **(dict(gates_ptr=None, parts_ptr=None, n_slots=1, slots_x=1, slots_y=1) if even else {}),
+        **({} if suffix == ".bits" else dict(bits_ptr=None)),
     )  # fmt: skip
     fixed = {k: v for k, v in fixed.items() if k in kernel.arg_names}
     return compile_case(name, kernel, types, options, tensor_cores=rows != torch.float32, **fixed)

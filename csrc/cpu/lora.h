@@ -47,10 +47,11 @@ void swiglu_lora_shrink_bwd(Tensor dh, Tensor ds, Tensor gate, Tensor up, int64_
 // rank 0 behind every expert's: A, B, lora_bias, dA, dB, dbias.
 std::tuple<Tensor, Tensor> moe_lora_linear_fwd(Tensor x, Tensor weight, OptionalTensor bias, Tensors A, Tensors B, Tensors lora_bias, Tensor scale,
                                                Tensor threshold, Tensor seeds, OptionalTensor gates, Tensor offsets, Tensor perm, Tensor tiles,
-                                               Tensor step, int64_t site, bool dropout);
+                                               Tensor step, int64_t site, bool dropout, OptionalTensor bits);
 void moe_lora_linear_bwd(Tensor dy, Tensor x, Tensor weight, OptionalTensor bias, Tensor s, Tensors A, Tensors B, Tensors lora_bias, Tensor scale,
                          Tensor threshold, Tensor seeds, OptionalTensor gates, Tensor offsets, Tensor perm, Tensor tiles, Tensor step, int64_t site,
-                         bool dropout, OptionalTensor dx, OptionalTensor dgates, OptionalTensor e, Tensors dA, Tensors dB, Tensors dbias);
+                         bool dropout, OptionalTensor dx, OptionalTensor dgates, OptionalTensor e, Tensors dA, Tensors dB, Tensors dbias,
+                         OptionalTensor bits);
 
 // The shared frozen layer in a fixed order of operations, float32 or 16-bit: x w^T + bias, and the sum over layers of dy w.
 Tensor lora_base_linear(Tensor x, Tensor w, OptionalTensor bias);

@@ -180,12 +180,13 @@ void sum_gate_grad(const LoraPlan& plan, const Tensor& dots, const float* by_bia
 
 std::tuple<Tensor, Tensor> moe_lora_linear_fwd(Tensor x, Tensor weight, OptionalTensor bias, Tensors A, Tensors B, Tensors lora_bias, Tensor scale,
                                                Tensor threshold, Tensor seeds, OptionalTensor gates, Tensor offsets, Tensor perm, Tensor,
-                                               Tensor step, int64_t site, bool dropout) {
+                                               Tensor step, int64_t site, bool dropout, OptionalTensor bits) {
   check_experts(x, weight, bias, A, gates, perm.numel());
   const int64_t E = weight.size(0), O = weight.size(1), G = static_cast<int64_t>(A.size());
   LoraPlan plan(1, G, x.size(0), offsets, perm);
   plan.set_A(A, x);
   plan.set_dropout({with_none("threshold", threshold, E, G)}, {with_none("seeds", seeds, E, G)}, step, {site}, dropout);
+  plan.set_bits(bits, false);
   Tensor s = plan.new_s(x, promoted(x, A)), y = empty(x, {gates ? gates->size(0) : perm.numel(), O}, x.scalar_type());
   plan.set_rows(y.size(0));
   plan.set_B(B, lora_bias, {with_none("scale", scale, E, G)}, std::nullopt, {y});
@@ -211,7 +212,8 @@ std::tuple<Tensor, Tensor> moe_lora_linear_fwd(Tensor x, Tensor weight, Optional
 
 void moe_lora_linear_bwd(Tensor dy, Tensor x, Tensor weight, OptionalTensor bias, Tensor s, Tensors A, Tensors B, Tensors lora_bias, Tensor scale,
                          Tensor threshold, Tensor seeds, OptionalTensor gates, Tensor offsets, Tensor perm, Tensor, Tensor step, int64_t site,
-                         bool dropout, OptionalTensor dx, OptionalTensor dgates, OptionalTensor e, Tensors dA, Tensors dB, Tensors dbias) {
+                         bool dropout, OptionalTensor dx, OptionalTensor dgates, OptionalTensor e, Tensors dA, Tensors dB, Tensors dbias,
+                         OptionalTensor bits) {
   check_experts(x, weight, bias, A, gates, perm.numel());
   STD_TORCH_CHECK(!dgates || (gates && e), "dgates is given without gates or e; give both");
   STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type(), "dy is ", describe(dy), "; give it the dtype of x, ", dtype_name(x.scalar_type()));
@@ -220,6 +222,7 @@ void moe_lora_linear_bwd(Tensor dy, Tensor x, Tensor weight, OptionalTensor bias
   LoraPlan plan(1, G, x.size(0), offsets, perm);
   plan.set_A(A, x);
   plan.set_dropout({with_none("threshold", threshold, E, G)}, {with_none("seeds", seeds, E, G)}, step, {site}, dropout);
+  plan.set_bits(bits, true);
   plan.set_rows(dy.size(0));
   plan.set_B(B, lora_bias, {with_none("scale", scale, E, G)}, std::nullopt, {dy});
   plan.call.gates = gates_of(gates);

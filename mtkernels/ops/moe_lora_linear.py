@@ -7,7 +7,7 @@ Shapes     x [T, D], or [T, K, D] with a row of its own for every position; weig
            gates as the ids -> y [T, K, O] (or [T, O] for ids [T]), with gates [T, O]
 Gradients  x, gates, the bank's scale and every A, B, beta (zeros for adapters without positions). W and b are frozen
 Backends   reference, cpu, triton. No CUDA C++: the GEMMs want wgmma and TMA, which come through Triton
-Cost       saved: x, S [P, max R]; never z, a mask, a gathered copy of x, or W + BA. The gate's gradient is (dy W_e) . x + dy . b_e
+Cost       saved: x, S [P, max R], with dropout_mode="bitmask" D bits a position; never z, a gathered copy of x, or W + BA. The gate's gradient is (dy W_e) . x + dy . b_e
            + s e, from products that the gradient of x needs anyway. GPU: 2 launches forward, 4 backward; one more in either to
            sum over K, and one for the gradient of gates
 
@@ -24,7 +24,7 @@ from ..bank import views_A, views_B
 from ..plan import check_plan
 from . import _lora
 
-_ARGS = f"Tensor x, Tensor weight, Tensor? bias, {_lora.BANK}, Tensor? gates, {_lora.PLAN}, int[] sites, bool dropout"
+_ARGS = f"Tensor x, Tensor weight, Tensor? bias, {_lora.BANK}, Tensor? gates, {_lora.PLAN}, int[] sites, int dropout"
 
 
 def _launchers(x, A, backend):
@@ -48,11 +48,12 @@ def _factors(weight, A, B, lora_bias, ranks, layouts):
 
 def _kernel(x, weight, bias, A, B, lora_bias, scale, threshold, seeds, ranks, layouts, gates, ids, *rest):
     *groups, (site,), dropout, main_grad, backend = rest
-    lora = _factors(weight, A, B, lora_bias, ranks, layouts)
-    return _launchers(x, A, backend).moe_lora_linear_fwd(x, weight, bias, *lora, *scale, *threshold, *seeds, gates, *groups, site, dropout)
+    lora = *_factors(weight, A, B, lora_bias, ranks, layouts), *scale, *threshold, *seeds, gates, *groups, site, bool(dropout)
+    bits = _lora.new_bits(dropout, x, A[0], groups[1], 1, backend)
+    return *_launchers(x, A, backend).moe_lora_linear_fwd(x, weight, bias, *lora, _lora.kept(bits)), bits
 
 
-def _bwd_kernel(dy, s, x, weight, bias, A, B, lora_bias, scale, threshold, seeds, ranks, layouts, gates, ids, *rest):
+def _bwd_kernel(dy, s, bits, x, weight, bias, A, B, lora_bias, scale, threshold, seeds, ranks, layouts, gates, ids, *rest):
     *groups, (site,), dropout, need_dx, need, need_gates, need_scale, fp32_grads, backend = rest
     nA, nB, E = len(A), len(B), len(weight)
     dtype = _lora.grad_dtype(fp32_grads, A)
@@ -61,21 +62,21 @@ def _bwd_kernel(dy, s, x, weight, bias, A, B, lora_bias, scale, threshold, seeds
     dbias, nothing = _lora.new_bias_grads(lora_bias, need[nA + nB :], dtype), A[0].new_empty(0, dtype=dtype)
     dx, dgates = x.new_empty(x.shape) if need_dx else None, torch.empty_like(gates) if need_gates else None
     e = _lora.new_e(dy, scale, groups[1], need_gates or need_scale)
-    lora = *_factors(weight, A, B, lora_bias, ranks, layouts), *scale, *threshold, *seeds, gates, *groups, site, dropout
+    lora = *_factors(weight, A, B, lora_bias, ranks, layouts), *scale, *threshold, *seeds, gates, *groups, site, bool(dropout)
     written = _with_none(E, (dA, nothing), (dB, nothing), (dbias, nothing))
-    _launchers(x, A, backend).moe_lora_linear_bwd(dy, x, weight, bias, s, *lora, dx, dgates, e, *written)
+    _launchers(x, A, backend).moe_lora_linear_bwd(dy, x, weight, bias, s, *lora, dx, dgates, e, *written, bits)
     _, dscale = _lora.gate_and_scale_grads(e, scale, gates if gates is None else gates.view(-1), ids, *groups[:3], False, need_scale, backend)
     dscale = [g.view(E, -1)[:, :-1].reshape(-1) for g in dscale] if need_scale else dscale
     empty = scale[0].new_empty(0)
     return x.new_empty(0) if dx is None else dx, empty if dgates is None else dgates, dscale, [*grads_A, *grads_B, *dbias]
 
 
-def _fake(x, weight, bias, A, B, lora_bias, scale, threshold, seeds, ranks, layouts, gates, ids, offsets, perm, *_):
-    n_rows = perm.shape[0] if gates is None else gates.shape[0]
-    return x.new_empty(n_rows, weight.shape[1]), x.new_empty(perm.shape[0], max(ranks), dtype=_lora.s_dtype(x, A))
+def _fake(x, weight, bias, A, B, lora_bias, scale, threshold, seeds, ranks, layouts, gates, ids, offsets, perm, tiles, step, sites, dropout, main_grad, backend):
+    n_rows, bits = perm.shape[0] if gates is None else gates.shape[0], _lora.new_bits(dropout, x, A[0], perm, 1, backend)
+    return x.new_empty(n_rows, weight.shape[1]), x.new_empty(perm.shape[0], max(ranks), dtype=_lora.s_dtype(x, A)), bits
 
 
-def _bwd_fake(dy, s, x, weight, bias, A, B, lora_bias, scale, threshold, seeds, ranks, layouts, gates, *rest):
+def _bwd_fake(dy, s, bits, x, weight, bias, A, B, lora_bias, scale, threshold, seeds, ranks, layouts, gates, *rest):
     need_dx, need, need_gates, need_scale, fp32_grads, _ = rest[-6:]
     dscale = [t.new_empty(t.shape if need_scale else 0) for t in scale]
     grads = _lora.fake_grads((*A, *B, *lora_bias), need, fp32_grads)
@@ -93,26 +94,26 @@ class _MoeLoraLinear(torch.autograd.Function):
     def forward(ctx, spec, *flat):
         args = unpack(spec, flat)
         with below_autograd():
-            y, s = _op(*args)
+            y, s, bits = _op(*args)
         x, *rest, ctx.main_grad, ctx.backend = args
         ctx.spec, ctx.x_shape = spec, x.shape
         _, need_A, *_, need_gates = _needs(ctx)
-        save(ctx, x if any(need_A) or need_gates else None, s, *rest)
-        ctx.mark_non_differentiable(s)
+        save(ctx, x if any(need_A) or need_gates else None, s, _lora.kept(bits), *rest)
+        ctx.mark_non_differentiable(s, bits)
         ctx.set_materialize_grads(False)
-        return y, s
+        return y, s, bits
 
     @staticmethod
-    def backward(ctx, dy, _):
+    def backward(ctx, dy, *_):
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
-        x, s, *rest = load(ctx)
+        x, s, bits, *rest = load(ctx)
         if x is None:  # only its shape is read
             x = dy.new_empty(1, ctx.x_shape[1]).expand(ctx.x_shape)
         need_x, need_A, need_B, need_bias, need_scale, need_gates = _needs(ctx)
         need = [*need_A, *need_B, *need_bias]
         wanted = need_x, need, need_gates, any(need_scale), bool(ctx.main_grad)
-        dx, dgates, dscale, grads = _bwd_op(dy.contiguous(), s, x, *rest, *wanted, ctx.backend)
+        dx, dgates, dscale, grads = _bwd_op(dy.contiguous(), s, bits, x, *rest, *wanted, ctx.backend)
         grads = _lora.returned(ctx.main_grad, grads, need) + [None] * (not need_bias)
         dscale = [g if w else None for g, w in zip(dscale, need_scale)]
         # weight, bias; then threshold, seeds, ranks, layouts
@@ -127,7 +128,7 @@ def _autograd(*args):
 
 _op = register(
     "moe_lora_linear",
-    f"moe_lora_linear({_ARGS}, {_lora.MAIN_GRAD}, str backend) -> (Tensor y, Tensor s)",
+    f"moe_lora_linear({_ARGS}, {_lora.MAIN_GRAD}, str backend) -> (Tensor y, Tensor s, Tensor bits)",
     kernel=_kernel,
     fake=_fake,
     autograd=_autograd,
@@ -135,14 +136,14 @@ _op = register(
 )
 _bwd_op = register(
     "moe_lora_linear",
-    f"moe_lora_linear_bwd(Tensor dy, Tensor s, {_ARGS}, bool need_dx, bool[] need, bool need_gates, bool need_scale, bool fp32_grads, str backend)"
+    f"moe_lora_linear_bwd(Tensor dy, Tensor s, Tensor? bits, {_ARGS}, bool need_dx, bool[] need, bool need_gates, bool need_scale, bool fp32_grads, str backend)"
     " -> (Tensor dx, Tensor dgates, Tensor[] dscale, Tensor[] grads)",
     kernel=_bwd_kernel,
     fake=_bwd_fake,
 )
 
 
-def moe_lora_linear(x, weight, bias, bank, plan, *, gates=None, training=True, site=0, backend=None):
+def moe_lora_linear(x, weight, bias, bank, plan, *, gates=None, training=True, site=0, dropout_mode="auto", backend=None):
     """A linear layer of E experts with LoRA adapters on each, mixed in one batch.
 
     x: [T, D], a row for all its experts, or [T, K, D], a row for each position of the plan; float32/bfloat16/float16 (float64
@@ -152,7 +153,7 @@ def moe_lora_linear(x, weight, bias, bank, plan, *, gates=None, training=True, s
     plan: GroupPlan over E * (A + 1) groups of ids [T, K] or [T]: e * (A + 1) + a, where a = A means expert e without adapter; -1 =
         no expert, exact zeros. `expert_adapter_ids` makes them.
     gates: None, or float of the plan's shape: the weights with which the K results of a row are summed, in float32, rounded once.
-    training, site: dropout, as in lora_linear; a position counts among those of its (expert, adapter).
+    training, site, dropout_mode: dropout, as in lora_linear; a position counts among those of its (expert, adapter).
     Returns [*plan.shape, O], with gates [T, O]. No bit of a group's results or gradients depends on the other groups.
     Raises TypeError/ValueError naming what does not fit, a weight or bias that requires grad among them.
     """
@@ -163,7 +164,8 @@ def moe_lora_linear(x, weight, bias, bank, plan, *, gates=None, training=True, s
         weight = weight.contiguous()
     groups, flat = _lora.plan_args(plan), _lora.flat_gates(op, gates, plan, bank.scale)
     gates = None if gates is None else flat.view(plan.n_rows, plan.shape[1] if len(plan.shape) > 1 else 1)
-    y, _ = _op(rows, weight, bias, *_lora.bank_args(op, [bank]), gates, *groups, [site], training, _lora.main_grads([bank], "A", "B", "bias"), _backends.requested(backend))
+    options = [site], _lora.dropout_arg(op, [bank], training, dropout_mode), _lora.main_grads([bank], "A", "B", "bias"), _backends.requested(backend)
+    y, *_ = _op(rows, weight, bias, *_lora.bank_args(op, [bank]), gates, *groups, *options)
     return y.view(*plan.shape, y.shape[1]) if gates is None else y
 
 

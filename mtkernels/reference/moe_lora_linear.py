@@ -5,7 +5,7 @@
 
 x has a row per position, or one for all K positions of a row of the plan; y and dy are per position without gates, per row with
 them. Lists of factors and gradients hold A + 1 per expert, the last of rank 0; scale, threshold and seeds A per expert. S, dS, e
-and empty gradients as in lora_shrink and lora_expand.
+empty gradients and bits as in lora_shrink and lora_expand.
 """
 
 import torch.nn.functional as F
@@ -14,12 +14,12 @@ from .lora_expand import lora_expand_bwd, lora_expand_fwd
 from .lora_shrink import lora_shrink_bwd, lora_shrink_fwd, wide
 
 
-def moe_lora_linear_fwd(x, weight, bias, A, B, lora_bias, scale, threshold, seeds, gates, offsets, perm, tiles, step, site, dropout):
+def moe_lora_linear_fwd(x, weight, bias, A, B, lora_bias, scale, threshold, seeds, gates, offsets, perm, tiles, step, site, dropout, bits=None):
     """(y, S): y [P, O], or [T, O] with gates [T, K]."""
     z, plan = wide(x).new_zeros(len(perm), weight.shape[1]), (offsets, perm, tiles)
     for e, places in _experts(weight, offsets, perm):
         z[places] = wide(x)[_rows(places, x, perm)] @ wide(weight[e]).T + (0 if bias is None else wide(bias[e]))
-    s = lora_shrink_fwd(x, A, *_with_none(weight, threshold, seeds), *plan, step, [site], dropout)
+    s = lora_shrink_fwd(x, A, *_with_none(weight, threshold, seeds), *plan, step, [site], dropout, bits)
     lora_expand_fwd(s, B, lora_bias, *_with_none(weight, scale), None, *plan, [z])
     if gates is not None:
         z = (z.view(*gates.shape, z.shape[1]) * gates[:, :, None]).sum(1)
@@ -27,7 +27,7 @@ def moe_lora_linear_fwd(x, weight, bias, A, B, lora_bias, scale, threshold, seed
 
 
 def moe_lora_linear_bwd(
-    dy, x, weight, bias, s, A, B, lora_bias, scale, threshold, seeds, gates, offsets, perm, tiles, step, site, dropout, dx, dgates, e, dA, dB, dbias
+    dy, x, weight, bias, s, A, B, lora_bias, scale, threshold, seeds, gates, offsets, perm, tiles, step, site, dropout, dx, dgates, e, dA, dB, dbias, bits=None
 ):
     """dx, dgates [T, K] and e [1, P], where not None, and the gradients are written; x is read for dA and dgates only."""
     plan, flat = (offsets, perm, tiles), None if gates is None else gates.reshape(-1)
@@ -40,7 +40,7 @@ def moe_lora_linear_bwd(
         if dgates is not None:
             dc[places] = (d * wide(x)[rows]).sum(1) + (0 if bias is None else dy_i @ wide(bias[i]))
         total.index_add_(0, rows, d if flat is None else d * flat[places, None].to(d.dtype))
-    lora_shrink_bwd(ds, x, A, *_with_none(weight, threshold, seeds), *plan, step, [site], dropout, total, dA)
+    lora_shrink_bwd(ds, x, A, *_with_none(weight, threshold, seeds), *plan, step, [site], dropout, total, dA, bits)
     if dx is not None:
         dx.copy_(total)
     if dgates is not None:

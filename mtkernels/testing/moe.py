@@ -51,7 +51,7 @@ def _bank(make, n_in, n_out, dtype, dropout):
     return LoraBank.from_factors(A, B, scale, dropout=list(dropout), seeds=list(range(7, 7 + len(RANKS))), bias=beta), leaves, by_group
 
 
-def _problem(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtype=None, n_in=72, n_out=40, slots=1, own_rows=False, gated=False):
+def _problem(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtype=None, n_in=72, n_out=40, slots=1, own_rows=False, gated=False, mode="auto"):
     """With two ids a row the batch decides the order of a group's positions, so there is no dropout, and no group has a gradient to itself."""
     make, shape = Maker(ids, dtype, device, exact), (slots,) if slots > 1 else ()
     table = torch.tensor([[FIRST[i], SECOND[i]][:slots] for i in ids], dtype=torch.int64, device=device).view(-1, *shape)
@@ -64,7 +64,7 @@ def _problem(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtyp
         ids,
         len(FIRST) - 1,
         {"x": x, **({"gates": gates} if gated else {}), **factors},
-        lambda: moe_lora_linear(x, weight, bias, bank, group_plan(table, EXPERTS * (ADAPTERS + 1), step=STEP, backend=backend), gates=gates, site=SITE, backend=backend),
+        lambda: moe_lora_linear(x, weight, bias, bank, group_plan(table, EXPERTS * (ADAPTERS + 1), step=STEP, backend=backend), gates=gates, site=SITE, dropout_mode=mode, backend=backend),
         lambda: plain_moe_lora(x, weight, bias, bank, table, STEP, SITE, gates),
         make.rows("dy", *(() if gated else shape), n_out, grad=False),
         by_row=by_row,
@@ -74,6 +74,7 @@ def _problem(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtyp
 
 MOE_PROBLEMS = {
     "moe_lora_linear": _problem,
+    "moe_lora_linear:bitmask": lambda *args, **kw: _problem(*args, mode="bitmask", **kw),
     "moe_lora_linear:slots": lambda *args, **kw: _problem(*args, slots=2, **kw),
     "moe_lora_linear:gates": lambda *args, **kw: _problem(*args, slots=2, own_rows=True, gated=True, **kw),
     "moe_lora_linear:shared_rows": lambda *args, **kw: _problem(*args, slots=2, gated=True, **kw),

@@ -105,7 +105,7 @@ MUTATIONS = {
     "experts: positions of no expert not written": OwnMutation(EXPERTS, [(ROWS_OF_NONE, ROWS_OF_NONE.replace("not has_rows", "(group >= n_groups) | (not has_rows)"))], ("accuracy", "virtual"), "moe_lora_linear:slots"),
     "experts: row mask of the result dropped": OwnMutation(EXPERTS, [("acc.to(z_ptr.dtype.element_ty), mask=m_row[:, None] & m_n[None, :])", "acc.to(z_ptr.dtype.element_ty), mask=m_n[None, :])")], ("probe",), "moe_lora_linear:slots"),
     "experts: gate's gradient from the gated product": OwnMutation(EXPERTS, [("acc * b_x, 0.0)", "acc * b_x * tl.load(gates_ptr + b_p, mask=m_row, other=0.0)[:, None], 0.0)")], ("accuracy", "virtual"), "moe_lora_linear:gates"),
-    "experts: dropout of another column in dx": OwnMutation(EXPERTS, [("dropout_keep(seed, o_i, column, site,", "dropout_keep(seed, o_i, column + 8, site,")], ("accuracy", "virtual"), "moe_lora_linear"),
+    "experts: dropout of another column in dx": OwnMutation(EXPERTS, [("m_row, o_i, column, BLOCK_N)", "m_row, o_i, column + 8, BLOCK_N)")], ("accuracy", "virtual"), "moe_lora_linear"),
     "plan: sort not stable": OwnMutation(PLAN, [("(o_q[None, :] < o_p[:, None])", "(o_q[None, :] > o_p[:, None])")], ("accuracy",), "lora_delta"),
     "plan: two rows at one place": OwnMutation(PLAN, [("(o_q[None, :] < o_p[:, None])", "(o_q[None, :] + 1 < o_p[:, None])")], ("probe", "virtual"), "task_reduce"),
     "reduce: rows not permuted": OwnMutation(REDUCE, [("b_t = tl.load(perm_ptr + o_j, mask=m_j, other=0)", "b_t = tl.where(m_j, o_j, 0)")], ("accuracy", "virtual"), "task_reduce"),
