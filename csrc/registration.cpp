@@ -30,18 +30,19 @@ STABLE_TORCH_LIBRARY(mtkernels_C, m) {
       " Tensor? bits=None) -> ()");
   m.def(
       "rmsnorm_lora_shrink_fwd(Tensor x, Tensor gamma, float eps, float offset, bool round_first, Tensor[] A, Tensor[] threshold,"
-      " Tensor[] seeds, Tensor offsets, Tensor perm, Tensor tiles, Tensor step, int[] sites, bool dropout) -> (Tensor, Tensor, Tensor)");
+      " Tensor[] seeds, Tensor offsets, Tensor perm, Tensor tiles, Tensor step, int[] sites, bool dropout,"
+      " Tensor(a!)? bits=None) -> (Tensor, Tensor, Tensor)");
   m.def(
       "rmsnorm_lora_shrink_bwd(Tensor dxn, Tensor ds, Tensor x, Tensor gamma, Tensor rstd, Tensor s, float offset, bool round_first,"
       " Tensor[] A, Tensor[] threshold, Tensor[] seeds, Tensor offsets, Tensor perm, Tensor tiles, Tensor step, int[] sites, bool dropout,"
-      " Tensor(a!)? dx, Tensor(b!)? dgamma, Tensor(c!)[] dA) -> ()");
+      " Tensor(a!)? dx, Tensor(b!)? dgamma, Tensor(c!)[] dA, Tensor? bits=None) -> ()");
   m.def(
       "swiglu_lora_shrink_fwd(Tensor gate, Tensor up, int act, Tensor[] A, Tensor[] threshold, Tensor[] seeds, Tensor offsets, Tensor perm,"
-      " Tensor tiles, Tensor step, int[] sites, bool dropout) -> (Tensor, Tensor)");
+      " Tensor tiles, Tensor step, int[] sites, bool dropout, Tensor(a!)? bits=None) -> (Tensor, Tensor)");
   m.def(
       "swiglu_lora_shrink_bwd(Tensor dh, Tensor ds, Tensor gate, Tensor up, int act, Tensor[] A, Tensor[] threshold, Tensor[] seeds,"
       " Tensor offsets, Tensor perm, Tensor tiles, Tensor step, int[] sites, bool dropout, Tensor(a!)? dgate, Tensor(b!)? dup,"
-      " Tensor(c!)[] dA) -> ()");
+      " Tensor(c!)[] dA, Tensor? bits=None) -> ()");
   m.def(
       "moe_lora_linear_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor[] A, Tensor[] B, Tensor[] lora_bias, Tensor scale, Tensor threshold,"
       " Tensor seeds, Tensor? gates, Tensor offsets, Tensor perm, Tensor tiles, Tensor step, int site, bool dropout,"

@@ -32,7 +32,8 @@ class Layer:
         parts = zip(self.A, self.B, scales, seeds)
         self.banks = [mtk.LoraBank.from_factors(A, B, s.float(), dropout=list(dropout), seeds=list(range(seed, seed + 6))) for A, B, s, seed in parts]
         self.gates = torch.randn(self.ids.shape, device=way.device)
-        self.leaves = [self.x, *self.weights, *(t for ts in (*self.A, *self.B) for t in ts)]
+        self.up, self.gamma = draw(len(ids), D), draw(D)
+        self.leaves = [self.x, self.up, self.gamma, *self.weights, *(t for ts in (*self.A, *self.B) for t in ts)]
 
     def plan(self):
         return mtk.group_plan(self.ids, len(RANKS), step=STEP, backend=self.way.backend)
@@ -51,7 +52,16 @@ class Layer:
         plan = mtk.group_plan(places, 8, step=STEP, backend=self.way.backend)
         return mtk.moe_lora_linear(self.x, self.weights[0].detach().expand(2, -1, -1), None, self.banks[0], plan, **kw)
 
+    def mlp(self, plan, **kw):
+        """D to 24 and back; the transposed factors of the gate's bank serve the layer back."""
+        A, B, w = self.A[0], self.B[0], self.weights[0] / 8
+        back = [b.T.contiguous() for b in B], [a.T for a in A]
+        factors = (A, B), (self.A[1], B[::-1]), back
+        banks = [mtk.LoraBank.from_factors(*f, 0.02, dropout=self.dropout, seeds=list(range(g, g + 6))) for g, f in enumerate(factors)]
+        return mtk.lora_swiglu_mlp(self.x, w, w.roll(1, 0), w.T, banks, plan, **kw)
 
+
+# What depends on the masks comes first.
 CALLS = {
     "lora_linear": lambda n, plan, **kw: mtk.lora_linear(n.x, n.weights[0], n.biases[0], n.banks[0], plan, site=SITES[0], **kw),
     "lora_linear, own base": lambda n, plan, **kw: mtk.lora_linear(n.x, n.weights[0], None, n.banks[0], plan, site=SITES[1], batch_invariant=True, **kw),
@@ -64,12 +74,19 @@ CALLS = {
     "lora_fan_out": lambda n, plan, **kw: n.fan(site=2, **kw),
     "lora_shrink": lambda n, plan, **kw: mtk.lora_shrink(n.x, n.banks[0], plan, site=SITES[0], **kw),
     "moe_lora_linear": lambda n, plan, **kw: n.experts(site=2, **kw),
+    "rmsnorm_lora_shrink": lambda n, plan, **kw: mtk.rmsnorm_lora_shrink(n.x, n.gamma, 1e-5, n.banks[0], plan, sites=SITES[:1], **kw)[::-1],
+    "rmsnorm_lora_shrink, two banks": lambda n, plan, **kw: mtk.rmsnorm_lora_shrink(n.x, n.gamma, 1e-5, n.banks, plan, sites=SITES, **kw)[::-1],
+    "swiglu_lora_shrink": lambda n, plan, **kw: mtk.swiglu_lora_shrink(n.x, n.up, n.banks[0], plan, site=SITES[0], **kw)[::-1],
+    "lora_swiglu_mlp": lambda n, plan, **kw: n.mlp(plan, **kw),
+    "lora_swiglu_mlp, norm": lambda n, plan, **kw: n.mlp(plan, norm=(n.gamma, 1e-5), sites=(*SITES, 9), **kw),
 }
+PRODUCERS = ("rmsnorm_lora_shrink, two banks", "swiglu_lora_shrink", "lora_swiglu_mlp, norm")
 SLOT_CALLS = {
     "lora_linear": lambda n, plan, **kw: mtk.lora_linear(n.x, n.weights[0], None, n.banks[0], plan, gates=n.gates, **kw),
     "lora_delta_group": lambda n, plan, **kw: mtk.lora_delta_group(n.x, n.banks, plan, **kw),
     "lora_shrink": lambda n, plan, **kw: mtk.lora_shrink(n.x, n.banks[0], plan, **kw),
     "moe_lora_linear": lambda n, plan, **kw: n.experts(gates=n.gates, **kw),
+    **{name: CALLS[name] for name in CALLS if name.startswith(("rmsnorm", "swiglu", "lora_swiglu"))},
 }
 
 
@@ -108,7 +125,7 @@ def test_the_same_bits_of_other_widths(D, way):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["lora_linear, own base", "lora_linear_group", "lora_shrink"])
+@pytest.mark.parametrize("name", ["lora_linear, own base", "lora_linear_group", "lora_shrink", *PRODUCERS])
 def test_the_same_bits_in_16_bits(name, dtype, way):
     check(Layer(way, 72, dtype), CALLS[name])
 
@@ -118,14 +135,15 @@ def test_the_same_bits_with_several_adapters_a_row(name, way):
     check(Layer(way, 44, ids=SLOTS), SLOT_CALLS[name])
 
 
-def test_the_same_bits_of_a_fat_adapter_and_many_columns(way):
+@pytest.mark.parametrize("name", ["lora_linear_group", *PRODUCERS[:2]])
+def test_the_same_bits_of_a_fat_adapter_and_many_columns(name, way):
     """Several chunks of rows, blocks of columns and, in C++, items; every thread of its own."""
     ids = IDS + [0] * (1030 if way.slow else 3000) + [2] * 40
-    check(Layer(way, 24 if way.slow else 700, ids=ids), CALLS["lora_shrink" if way.slow else "lora_linear_group"])
+    check(Layer(way, 24 if way.slow else 700, ids=ids), CALLS["lora_shrink" if way.slow and name == "lora_linear_group" else name])
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
-@pytest.mark.parametrize("name", ["lora_linear", "lora_linear_group", "lora_shrink", "moe_lora_linear"])
+@pytest.mark.parametrize("name", ["lora_linear", "lora_linear_group", "lora_shrink", "moe_lora_linear", *PRODUCERS])
 def test_a_recompute_gives_the_same_bits(name, use_reentrant, way):
     layer = Layer(way, 37)
     plan, kw = layer.plan(), dict(backend=way.backend)
@@ -146,12 +164,13 @@ def test_a_recompute_gives_the_same_bits(name, use_reentrant, way):
         assert torch.equal(leaf.grad, direct[-1])
 
 
-def test_frozen_adapters_still_pass_the_gradient_to_x(way):
+@pytest.mark.parametrize("name", ["lora_linear_group", *PRODUCERS])
+def test_frozen_adapters_still_pass_the_gradient_to_x(name, way):
     layer = Layer(way, 37)
     for t in layer.leaves[1:]:
         t.requires_grad_(False)
     layer.leaves = layer.leaves[:1]
-    check(layer, CALLS["lora_linear_group"])
+    check(layer, CALLS[name])
 
 
 def kept(fn):
@@ -166,8 +185,9 @@ def kept(fn):
 def test_what_is_saved(name):
     way = type("Way", (), {"device": "cpu", "backend": "reference"})
     layer, kw = Layer(way, 37), dict(backend="reference")
-    n = 2 if "group" in name or "fan" in name else 1
-    assert [t.shape for t in kept(lambda: CALLS[name](layer, layer.plan(), dropout_mode="bitmask", **kw))[0]] == [(len(IDS), n, 5)]
+    n = 2 if any(word in name for word in ("group", "fan", "two", "mlp")) else 1
+    shapes = [(len(IDS), n, 5), (len(IDS), 1, 3)] if "mlp" in name else [(len(IDS), n, 5)]
+    assert [t.shape for t in kept(lambda: CALLS[name](layer, layer.plan(), dropout_mode="bitmask", **kw))[0]] == shapes
     without = Layer(way, 37, dropout=(0.0,) * 6)
     for nothing in (
         lambda: CALLS[name](layer, layer.plan(), dropout_mode="replay", **kw),
@@ -178,18 +198,23 @@ def test_what_is_saved(name):
         assert not kept(nothing)[0]
 
 
-def test_the_bits_of_the_forward_are_those_of_lora_dropout_mask(way):
+@pytest.mark.parametrize("stem", ["lora_shrink", "rmsnorm_lora_shrink", "swiglu_lora_shrink"])
+def test_the_bits_of_the_forward_are_those_of_lora_dropout_mask(stem, way):
     """But zeros for an adapter of rank 0, whose mask nobody draws."""
     for ids in (IDS, SLOTS):
         layer = Layer(way, 37, ids=ids)
-        bank, plan = layer.banks[0], layer.plan()
-        drawn = mtk.lora_dropout_mask(bank, plan, site=SITES[0], backend=way.backend)
-        run, bits = _backends.launchers("lora_shrink", layer.x, way.backend), torch.full((plan.ids.numel(), 1, 5), 255, dtype=torch.uint8, device=way.device)
+        banks, plan, x = layer.banks[: 1 if stem == "swiglu_lora_shrink" else 2], layer.plan(), layer.x.detach()
+        run = _backends.launchers(stem, layer.x, way.backend)
+        bits = torch.full((plan.ids.numel(), len(banks), 5), 255, dtype=torch.uint8, device=way.device)
         groups = plan.offsets, plan.perm, plan.tiles, plan.step
-        run.lora_shrink_fwd(layer.x.detach(), [a.detach() for a in bank.A], [bank.threshold], [bank.seeds], *groups, [SITES[0]], True, bits)
-        has_rank = torch.tensor([*(r > 0 for r in RANKS), False], device=way.device)[plan.ids.long()]
-        assert torch.equal(bits[:, 0], torch.where(has_rank[:, None], drawn, 0)) and drawn.any()
-        assert torch.equal(drawn.cpu(), lora_dropout_mask(*(t.cpu() for t in (bank.threshold, bank.seeds, *groups)), SITES[0], 37))
+        rows = {"lora_shrink": (), "rmsnorm_lora_shrink": (layer.gamma.detach(), 1e-5, 0.0, True), "swiglu_lora_shrink": (layer.up.detach(), 0)}[stem]
+        masks = [bank.threshold for bank in banks], [bank.seeds for bank in banks], *groups, list(SITES[: len(banks)]), True
+        getattr(run, f"{stem}_fwd")(x, *rows, [a.detach() for bank in banks for a in bank.A], *masks, bits)
+        for g, (bank, site) in enumerate(zip(banks, SITES)):
+            drawn = mtk.lora_dropout_mask(bank, plan, site=site, backend=way.backend)
+            has_rank = torch.tensor([*(r > 0 for r in bank.ranks), False], device=way.device)[plan.ids.long()]
+            assert torch.equal(bits[:, g], torch.where(has_rank[:, None], drawn, 0)) and drawn.any()
+            assert torch.equal(drawn.cpu(), lora_dropout_mask(*(t.cpu() for t in (bank.threshold, bank.seeds, *groups)), site, 37))
 
 
 def test_what_auto_takes():
@@ -214,7 +239,8 @@ def test_auto_keeps_bits_where_the_kernels_prefer_them(emulated_triton_way):
 @pytest.mark.parametrize("name", CALLS)
 def test_an_unknown_mode_is_named(name):
     layer = Layer(type("Way", (), {"device": "cpu", "backend": "reference"}), 8)
-    op = "lora_shrink" if "mid" in name else name.split(",")[0]
+    inner = {"lora_delta, through a mid": "lora_shrink", "lora_swiglu_mlp": "lora_linear_group", "lora_swiglu_mlp, norm": "rmsnorm_lora_shrink"}
+    op = inner.get(name, name.split(",")[0])
     for training in (True, False):
         with pytest.raises(ValueError, match=f"{op}: dropout_mode is 'bits'; give 'replay' .* 'bitmask' .* or 'auto'"):
             CALLS[name](layer, layer.plan(), dropout_mode="bits", training=training, backend="reference")

@@ -1,15 +1,15 @@
 """What the kernels that make a LoRA layer's rows share: the tile of positions, one target's shrink, its compile cases.
 
-Each makes rows in registers and shrinks them there. Positions, buckets and `mask` as in lora_kernels.py.
+Each makes rows in registers and shrinks them there. Positions, buckets, `mask` and `bits` as in lora_kernels.py.
 """
 
 import triton
 import triton.language as tl
 
 from . import _common
-from ._common import dropout_keep, dropout_scale, group_of_tile
+from ._common import dropout_scale, group_of_tile
 from ._lora import CHUNK, PTR_A, RANK, S_BEGIN, S_WIDTH, STRIDE_A, dropout_of, factor_pointer, field, size_field
-from .lora_kernels import fill_zeros
+from .lora_kernels import bits_of_target, draw_bits, fill_zeros, keep_tile
 
 # Targets of ranks up to 32 whose sums one pass over the rows keeps in registers; wider and further ones take another pass.
 PASS = tl.constexpr(3)
@@ -60,28 +60,46 @@ def fill_s(p_s, m_row, table_ptr, n_adapters, adapter, TARGETS: tl.constexpr, FI
 
 
 @triton.jit
-def shrink_target(
-    table_ptr, n_columns, entry, step_ptr, rank0,
-    DROPOUT: tl.constexpr, FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr, ALIGN_A: tl.constexpr,
-):  # fmt: skip
-    """(A from rank0 on, its row stride, ranks left, mask) of one target's adapter."""
-    stride = size_field(table_ptr, n_columns, entry, STRIDE_A, ALIGN_A)
-    p_A = factor_pointer(table_ptr, n_columns, entry, PTR_A, FACTOR, ALIGNED) + tl.cast(rank0, tl.int64) * stride
-    left = size_field(table_ptr, n_columns, entry, RANK, ALIGN) - rank0
-    return p_A, stride, left, dropout_of(table_ptr, n_columns, entry, step_ptr, DROPOUT)
+def draw_all_bits(
+    bits, b_p, m_row, uid, n_cols, table_ptr, step_ptr, n_adapters, adapter, TARGETS: tl.constexpr, ALIGN: tl.constexpr
+):
+    """Write the keep bits of every target, zeros for one of rank 0 and for no adapter."""
+    n_columns = n_adapters * TARGETS
+    for g in tl.range(0, TARGETS, num_stages=1):
+        entry = g * n_adapters + adapter
+        rank = tl.zeros((), tl.int32)
+        if adapter < n_adapters:
+            rank = size_field(table_ptr, n_columns, entry, RANK, ALIGN)
+        target_bits = bits_of_target(bits[0], bits[1], bits[2], g)
+        if rank > 0:
+            draw_bits(dropout_of(table_ptr, n_columns, entry, step_ptr, True), target_bits, b_p, m_row, uid, n_cols, 128)
+        else:
+            fill_zeros(target_bits[0] + b_p[:, None].to(tl.int64) * bits[1], m_row, 0, bits[2], 64)
 
 
 @triton.jit
-def shrink_step(acc, b_row, k, n_cols, uid, target, COMPUTE: tl.constexpr, DROPOUT: tl.constexpr):
-    """acc [M, R] + columns [k, k + K) of the rows b_row [M, K], dropped, times those of A."""
-    p_A, stride, left, mask = target
-    threshold, seed, site, step = mask
+def shrink_target(
+    table_ptr, n_columns, entry, step_ptr, rank0, bits, target,
+    DROPOUT: tl.constexpr, FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr, ALIGN_A: tl.constexpr,
+):  # fmt: skip
+    """(A from rank0 on, its row stride, ranks left, mask, bits) of one target's adapter."""
+    stride = size_field(table_ptr, n_columns, entry, STRIDE_A, ALIGN_A)
+    p_A = factor_pointer(table_ptr, n_columns, entry, PTR_A, FACTOR, ALIGNED) + tl.cast(rank0, tl.int64) * stride
+    left = size_field(table_ptr, n_columns, entry, RANK, ALIGN) - rank0
+    target_bits = bits_of_target(bits[0], bits[1], bits[2], target)
+    return p_A, stride, left, dropout_of(table_ptr, n_columns, entry, step_ptr, DROPOUT), target_bits
+
+
+@triton.jit
+def shrink_step(acc, b_row, b_p, m_row, k, n_cols, uid, target, COMPUTE: tl.constexpr, DROPOUT: tl.constexpr):
+    """acc [M, R] + columns [k, k + K) of the rows b_row [M, K] of positions b_p, dropped, times those of A."""
+    p_A, stride, left, mask, bits = target
     BLOCK_K: tl.constexpr = b_row.shape[1]
     o_r, o_k = tl.arange(0, acc.shape[1]), k + tl.arange(0, BLOCK_K)
     # [K, R]
     b_A = tl.load(p_A + (o_r[None, :] * stride + o_k[:, None]), mask=(o_k < n_cols)[:, None] & (o_r < left)[None, :], other=0.0)
     if DROPOUT:
-        b_row = tl.where(dropout_keep(seed, uid, k, site, step, threshold, BLOCK_K), b_row, 0.0)
+        b_row = tl.where(keep_tile(mask, bits, b_p, m_row, uid, k, BLOCK_K), b_row, 0.0)
     return tl.dot(b_row.to(COMPUTE), b_A.to(COMPUTE), acc, input_precision="ieee")
 
 
@@ -104,13 +122,15 @@ def producer_cases(stem, kernels, arch, pointers, fixed=()):
     """Compile cases of {name: kernel}: bf16, float32, float32 factors over bf16 rows.
 
     Each for one target of ranks and widths that are all multiples of 8, and for several of any (`.ragged`); with the
-    narrowest and the widest rank bucket, for the branches between need less. pointers: the arguments that hold rows.
+    narrowest and the widest rank bucket, for the branches between need less. `.bits` keep the masks of one target.
+    pointers: the arguments that hold rows.
     """
     for dtype, rows, factor in (("bf16", "bf16", "bfloat16"), ("fp32", "fp32", "float32"), ("mixed", "bf16", "float32")):
         bits = 16 if factor == "bfloat16" else 32
         types = dict.fromkeys(("perm_ptr", "offsets_ptr", "tiles_ptr"), "*i32") | dict.fromkeys(("table_ptr", "step_ptr"), "*i64")
         types |= dict.fromkeys(pointers, f"*{rows}") | dict.fromkeys(("partial_ptr", "gamma_partial_ptr", "rstd_ptr"), "*fp32")
         types |= dict.fromkeys(("s_ptr", "ds_ptr"), f"*{'bf16' if bits == 16 else 'fp32'}") | dict.fromkeys(("eps", "offset"), "fp32")
+        types |= dict(bits_ptr="*u8")
         for name, kernel in kernels.items():
             options = _common.launch_options(stem, name, arch, bits)
             rows_index = _common.tile_index(options.get("BLOCK_M", CHUNK))
@@ -118,10 +138,12 @@ def producer_cases(stem, kernels, arch, pointers, fixed=()):
                 DROPOUT=True, BUCKETS=0b1001, FILL_R=128, LAYOUT=0, DENSE=True, ALIGNED=True, ALIGN_A=8, TILE_INDEX=rows_index, FIRST=True,
                 FACTOR=getattr(tl, factor), GRAD=getattr(tl, factor), **dict(fixed),
             )  # fmt: skip
-            for suffix, chosen in (("", dict(n_slots=1, TARGETS=1, ALIGN=8)), (".ragged", dict(TARGETS=PASS.value, ALIGN=1))):
+            plain, replayed = dict(n_slots=1, TARGETS=1, ALIGN=8), dict(bits_ptr=None)
+            variants = [("", plain | replayed), (".ragged", dict(TARGETS=PASS.value, ALIGN=1) | replayed), (".bits", plain)]
+            for suffix, chosen in variants[: 3 if "bits_ptr" in kernel.arg_names else 2]:
                 chosen = {k: v for k, v in {**constexprs, **chosen}.items() if k in kernel.arg_names and k not in options}
                 dots = bits == 16 and name != "finish"
                 yield _common.compile_case(
                     f"{stem}.{name}.{dtype}{suffix}", kernel, types, options,
-                    tensor_cores=dots, unaligned=("slot_size",) * bool(suffix), **chosen,
+                    tensor_cores=dots, unaligned=("slot_size",) * (suffix == ".ragged"), **chosen,
                 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Device code of rmsnorm_lora_shrink.py: rows [T, D], positions and buckets as in lora_kernels.py.
+"""Device code of rmsnorm_lora_shrink.py: rows [T, D]; positions, buckets, `mask` and `bits` as in lora_kernels.py.
 
 The row product of dx's mean, sum(w dxn' o xhat) = sum(dxn o xn) + sum(dS o S), needs no second product with A.
 """
@@ -6,7 +6,7 @@ The row product of dx's mean, sum(w dxn' o xhat) = sum(dxn o xn) + sum(dS o S), 
 import triton
 import triton.language as tl
 
-from ._common import dropout_keep, dropout_scale
+from ._common import dropout_scale
 from ._lora import (
     CHUNK_ROWS,
     PART_A,
@@ -22,8 +22,8 @@ from ._lora import (
     field,
     size_field,
 )
-from ._producers import PASS, fill_s, largest_rank, position_chunk, position_tile, shrink_step, shrink_target, store_s
-from .lora_kernels import _store_sum, expand_dot, first_slot
+from ._producers import PASS, draw_all_bits, fill_s, largest_rank, position_chunk, position_tile, shrink_step, shrink_target, store_s
+from .lora_kernels import _store_sum, bits_of_target, expand_dot, first_slot, keep_tile
 from .lora_shrink import _sum_chunks_program
 
 
@@ -43,7 +43,7 @@ def _scaled(b_x, b_r, b_w, ROUND_FIRST: tl.constexpr):
 
 @triton.jit
 def _normalize_and_shrink(
-    p_x, p_xn, m_row, m_write, b_r, gamma_ptr, offset, d_in, uid, table_ptr, step_ptr, n_adapters, adapter, rank0, p_s,
+    p_x, p_xn, b_p, m_row, m_write, b_r, gamma_ptr, offset, d_in, uid, table_ptr, step_ptr, n_adapters, adapter, rank0, bits, p_s,
     FIRST: tl.constexpr, TARGETS: tl.constexpr, SHRINKS: tl.constexpr, ROUND_FIRST: tl.constexpr, DROPOUT: tl.constexpr,
     FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr, ALIGN_A: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -52,13 +52,17 @@ def _normalize_and_shrink(
     COMPUTE: tl.constexpr = p_s.dtype.element_ty
     n_columns, entry = n_adapters * TARGETS, FIRST * n_adapters + adapter
     if SHRINKS > 0:
-        target0 = shrink_target(table_ptr, n_columns, entry, step_ptr, rank0, DROPOUT, FACTOR, ALIGNED, ALIGN, ALIGN_A)
+        target0 = shrink_target(table_ptr, n_columns, entry, step_ptr, rank0, bits, FIRST, DROPOUT, FACTOR, ALIGNED, ALIGN, ALIGN_A)
         acc0 = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     if SHRINKS > 1:
-        target1 = shrink_target(table_ptr, n_columns, entry + n_adapters, step_ptr, rank0, DROPOUT, FACTOR, ALIGNED, ALIGN, ALIGN_A)
+        target1 = shrink_target(
+            table_ptr, n_columns, entry + n_adapters, step_ptr, rank0, bits, FIRST + 1, DROPOUT, FACTOR, ALIGNED, ALIGN, ALIGN_A
+        )
         acc1 = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     if SHRINKS > 2:
-        target2 = shrink_target(table_ptr, n_columns, entry + 2 * n_adapters, step_ptr, rank0, DROPOUT, FACTOR, ALIGNED, ALIGN, ALIGN_A)
+        target2 = shrink_target(
+            table_ptr, n_columns, entry + 2 * n_adapters, step_ptr, rank0, bits, FIRST + 2, DROPOUT, FACTOR, ALIGNED, ALIGN, ALIGN_A
+        )
         acc2 = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     for k in range(0, d_in, BLOCK_K):
         o_k = k + tl.arange(0, BLOCK_K)
@@ -68,11 +72,11 @@ def _normalize_and_shrink(
         b_xn, _ = _scaled(b_x, b_r, _weights(gamma_ptr, o_k, d_in, offset), ROUND_FIRST)
         tl.store(p_xn + o_k[None, :], b_xn, mask=m_write[:, None] & m_k)
         if SHRINKS > 0:
-            acc0 = shrink_step(acc0, b_xn, k, d_in, uid, target0, COMPUTE, DROPOUT)
+            acc0 = shrink_step(acc0, b_xn, b_p, m_row, k, d_in, uid, target0, COMPUTE, DROPOUT)
         if SHRINKS > 1:
-            acc1 = shrink_step(acc1, b_xn, k, d_in, uid, target1, COMPUTE, DROPOUT)
+            acc1 = shrink_step(acc1, b_xn, b_p, m_row, k, d_in, uid, target1, COMPUTE, DROPOUT)
         if SHRINKS > 2:
-            acc2 = shrink_step(acc2, b_xn, k, d_in, uid, target2, COMPUTE, DROPOUT)
+            acc2 = shrink_step(acc2, b_xn, b_p, m_row, k, d_in, uid, target2, COMPUTE, DROPOUT)
     if SHRINKS > 0:
         store_s(acc0, p_s, m_row, rank0, target0, table_ptr, n_columns, entry, DROPOUT, ALIGN)
     if SHRINKS > 1:
@@ -86,6 +90,7 @@ def _rmsnorm_shrink_kernel(
     x_ptr, stride_x, gamma_ptr, eps, offset, perm_ptr, offsets_ptr, tiles_ptr,  # rows [T, D], weights [D] and the plan
     table_ptr, step_ptr,
     xn_ptr, s_ptr, stride_s, rstd_ptr,  # outputs [T, D], [P, widths], [T]
+    bits_ptr, stride_bits, n_bytes,  # output uint8 [P, targets, ceil(D / 8)] or None
     n_positions, n_slots, d_in, n_adapters,
     TARGETS: tl.constexpr, ROUND_FIRST: tl.constexpr, DROPOUT: tl.constexpr, BUCKETS: tl.constexpr, FILL_R: tl.constexpr,
     FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr, ALIGN_A: tl.constexpr,
@@ -108,10 +113,13 @@ def _rmsnorm_shrink_kernel(
 
     p_s = s_ptr + b_p[:, None].to(tl.int64) * stride_s
     fill_s(p_s, m_row, table_ptr, n_adapters, adapter, TARGETS, FILL_R, ALIGN)
+    bits = (bits_ptr, stride_bits, n_bytes)
+    if bits_ptr is not None:
+        draw_all_bits(bits, b_p, m_row, uid, d_in, table_ptr, step_ptr, n_adapters, adapter, TARGETS, ALIGN)
     rank = largest_rank(table_ptr, n_adapters, adapter, TARGETS, ALIGN)
     if rank == 0:
         _normalize_and_shrink(
-            p_x, p_xn, m_row, m_write, b_r, gamma_ptr, offset, d_in, uid, table_ptr, step_ptr, n_adapters, adapter, 0, p_s,
+            p_x, p_xn, b_p, m_row, m_write, b_r, gamma_ptr, offset, d_in, uid, table_ptr, step_ptr, n_adapters, adapter, 0, bits, p_s,
             0, TARGETS, 0, ROUND_FIRST, DROPOUT, FACTOR, ALIGNED, ALIGN, ALIGN_A, 16, BLOCK_K,
         )  # fmt: skip
         return
@@ -121,8 +129,8 @@ def _rmsnorm_shrink_kernel(
                 for first in tl.static_range(0, TARGETS, PASS if b < 2 else 1):
                     for rank0 in tl.range(0, rank, 16 << b, num_stages=1):
                         _normalize_and_shrink(
-                            p_x, p_xn, m_row, m_write & (first + rank0 == 0), b_r, gamma_ptr, offset, d_in, uid,
-                            table_ptr, step_ptr, n_adapters, adapter, rank0, p_s,
+                            p_x, p_xn, b_p, m_row, m_write & (first + rank0 == 0), b_r, gamma_ptr, offset, d_in, uid,
+                            table_ptr, step_ptr, n_adapters, adapter, rank0, bits, p_s,
                             first, TARGETS, min(TARGETS - first, PASS if b < 2 else 1), ROUND_FIRST, DROPOUT, FACTOR, ALIGNED, ALIGN, ALIGN_A,
                             16 << b, BLOCK_K if b < 3 else BLOCK_K // 2,
                         )  # fmt: skip
@@ -157,7 +165,7 @@ def _row_product(
 
 @triton.jit
 def _add_lora(
-    total, p_ds, m_row, uid, column, d_in, table_ptr, step_ptr, n_adapters, adapter,
+    total, p_ds, b_p, m_row, uid, column, d_in, table_ptr, step_ptr, bits, n_adapters, adapter,
     TARGETS: tl.constexpr, DROPOUT: tl.constexpr, BUCKETS: tl.constexpr,
     FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr, ALIGN_A: tl.constexpr,
 ):  # fmt: skip
@@ -174,18 +182,19 @@ def _add_lora(
                 size_field(table_ptr, n_columns, entry, STRIDE_A, ALIGN_A), 1, rank, bucket_of(rank), column, d_in,
                 BUCKETS, BLOCK_K,
             )  # fmt: skip
-            threshold, seed, site, step = dropout_of(table_ptr, n_columns, entry, step_ptr, DROPOUT)
+            mask = dropout_of(table_ptr, n_columns, entry, step_ptr, DROPOUT)
             if DROPOUT:
-                acc = tl.where(dropout_keep(seed, uid, column, site, step, threshold, BLOCK_K), acc, 0.0)
+                target_bits = bits_of_target(bits[0], bits[1], bits[2], g)
+                acc = tl.where(keep_tile(mask, target_bits, b_p, m_row, uid, column, BLOCK_K), acc, 0.0)
             # An explicit fma, so that every variant of the kernel rounds alike whatever the compiler would fuse.
-            total = tl.fma(acc, dropout_scale(threshold, DROPOUT), total)
+            total = tl.fma(acc, dropout_scale(mask[0], DROPOUT), total)
     return total
 
 
 @triton.jit(do_not_specialize=["slot"])
 def _rmsnorm_dx_kernel(
     dxn_ptr, stride_dxn, ds_ptr, stride_ds, x_ptr, stride_x, gamma_ptr, offset, rstd_ptr, s_ptr, stride_s,
-    perm_ptr, offsets_ptr, tiles_ptr, table_ptr, step_ptr,
+    perm_ptr, offsets_ptr, tiles_ptr, table_ptr, step_ptr, bits_ptr, stride_bits, n_bytes,
     dx_ptr, stride_dx, gamma_partial_ptr,  # outputs [T, D], [tiles, D]
     n_positions, n_slots, slot, d_in, n_adapters, s_width,
     FIRST: tl.constexpr, HAS_DX: tl.constexpr, HAS_DGAMMA: tl.constexpr, TARGETS: tl.constexpr, ROUND_FIRST: tl.constexpr,
@@ -212,7 +221,7 @@ def _rmsnorm_dx_kernel(
             total = tl.load(p_dxn + o_k[None, :], mask=m_k, other=0.0).to(tl.float32)
         if adapter < n_adapters:
             total = _add_lora(
-                total, p_ds, m_row, uid, k, d_in, table_ptr, step_ptr, n_adapters, adapter,
+                total, p_ds, b_p, m_row, uid, k, d_in, table_ptr, step_ptr, (bits_ptr, stride_bits, n_bytes), n_adapters, adapter,
                 TARGETS, DROPOUT, BUCKETS, FACTOR, ALIGNED, ALIGN, ALIGN_A,
             )  # fmt: skip
         b_w = _weights(gamma_ptr, o_k, d_in, offset)[None, :]
@@ -230,13 +239,12 @@ def _rmsnorm_dx_kernel(
 
 @triton.jit
 def _normed_grad_dot(
-    x_ptr, stride_x, rstd_ptr, b_w, column, d_in, ds_ptr, stride_ds, rank0, rank, perm_ptr, n_rows, n_slots, uid0, mask,
+    x_ptr, stride_x, rstd_ptr, b_w, column, d_in, ds_ptr, stride_ds, rank0, rank, perm_ptr, n_rows, n_slots, uid0, mask, bits,
     ROUND_FIRST: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """acc[c, r] = sum_j keep[j, c] xn[row of j, c] dS[p_j, r]"""
     o_c, o_r = column + tl.arange(0, BLOCK_W), rank0 + tl.arange(0, BLOCK_R)
     m_c, m_r = o_c < d_in, o_r < rank
-    threshold, seed, site, step = mask
     acc = tl.zeros([BLOCK_W, BLOCK_R], tl.float32)
     for j in range(0, n_rows, BLOCK_J):
         o_j = j + tl.arange(0, BLOCK_J)
@@ -249,7 +257,7 @@ def _normed_grad_dot(
         # [J, R]
         b_ds = tl.load(ds_ptr + b_p[:, None].to(tl.int64) * stride_ds + o_r[None, :], mask=m_j[:, None] & m_r[None, :], other=0.0)
         if DROPOUT:
-            b_xn = tl.where(dropout_keep(seed, uid0 + o_j, column, site, step, threshold, BLOCK_W), b_xn, 0.0)
+            b_xn = tl.where(keep_tile(mask, bits, b_p, m_j, uid0 + o_j, column, BLOCK_W), b_xn, 0.0)
         acc = tl.dot(tl.trans(b_xn.to(b_ds.dtype)), b_ds, acc, input_precision="ieee")
     return acc
 
@@ -257,6 +265,7 @@ def _normed_grad_dot(
 @triton.jit
 def _rmsnorm_grad_a_kernel(
     x_ptr, stride_x, gamma_ptr, offset, rstd_ptr, ds_ptr, stride_ds, perm_ptr, offsets_ptr, tiles_ptr, table_ptr, step_ptr,
+    bits_ptr, stride_bits, n_bytes,
     partial_ptr, slot_size,  # output [slots, slot_size]; single chunks go to the table's gradients
     n_slots, d_in, n_rank_tiles, n_adapters,
     TARGETS: tl.constexpr, ROUND_FIRST: tl.constexpr, DROPOUT: tl.constexpr, BUCKETS: tl.constexpr,
@@ -292,6 +301,7 @@ def _rmsnorm_grad_a_kernel(
                     x_ptr, stride_x, rstd_ptr, b_w, column, d_in,
                     ds_ptr + size_field(table_ptr, n_columns, entry, S_BEGIN, ALIGN), stride_ds, rank0, rank,
                     perm_ptr + begin, tl.minimum(end - begin, CHUNK_ROWS), n_slots, chunk * CHUNK_ROWS, mask,
+                    bits_of_target(bits_ptr, stride_bits, n_bytes, target),
                     ROUND_FIRST, DROPOUT, 16 << b, BLOCK_J, BLOCK_W,
                 )  # fmt: skip
                 o_r = rank0 + tl.arange(0, 16 << b)

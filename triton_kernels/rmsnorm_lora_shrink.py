@@ -5,13 +5,13 @@ import torch
 from ._common import cdiv, tile_index
 from ._lora import CHUNK, bank_of, fill_width, options_of, slots_of
 from ._producers import n_position_tiles, producer_cases
-from .lora_shrink import new_partial, new_s
+from .lora_shrink import bits_args, new_partial, new_s
 from .rmsnorm_kernels import _rmsnorm_dx_kernel, _rmsnorm_finish_kernel, _rmsnorm_grad_a_kernel, _rmsnorm_shrink_kernel
 
 _STEM = "rmsnorm_lora_shrink"
 
 
-def rmsnorm_lora_shrink_fwd(x, gamma, eps, offset, round_first, A, threshold, seeds, offsets, perm, tiles, step, sites, dropout):
+def rmsnorm_lora_shrink_fwd(x, gamma, eps, offset, round_first, A, threshold, seeds, offsets, perm, tiles, step, sites, dropout, bits=None):
     with torch.cuda.device_of(x):
         bank = bank_of(len(sites), A=A, threshold=threshold, seeds=seeds, sites=sites)
         xn = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -21,7 +21,7 @@ def rmsnorm_lora_shrink_fwd(x, gamma, eps, offset, round_first, A, threshold, se
         options = options_of(_STEM, "shrink", x.device, s.dtype)
         _rmsnorm_shrink_kernel[(n_position_tiles(perm, bank, options["BLOCK_M"]),)](
             x, x.stride(0), gamma, eps, offset, perm, offsets, tiles, bank.table, step,
-            xn, s, s.stride(0), rstd,
+            xn, s, s.stride(0), rstd, *bits_args(bits),
             perm.numel(), slots_of(perm, len(x)), x.shape[1], bank.n_adapters,
             TARGETS=bank.n_targets, ROUND_FIRST=round_first, DROPOUT=dropout, FILL_R=fill_width(bank),
             TILE_INDEX=tile_index(options["BLOCK_M"]), **bank.pick("BUCKETS", "FACTOR", "ALIGNED", "ALIGN", "ALIGN_A"), **options,
@@ -30,12 +30,12 @@ def rmsnorm_lora_shrink_fwd(x, gamma, eps, offset, round_first, A, threshold, se
 
 
 def rmsnorm_lora_shrink_bwd(
-    dxn, ds, x, gamma, rstd, s, offset, round_first, A, threshold, seeds, offsets, perm, tiles, step, sites, dropout, dx, dgamma, dA
+    dxn, ds, x, gamma, rstd, s, offset, round_first, A, threshold, seeds, offsets, perm, tiles, step, sites, dropout, dx, dgamma, dA, bits=None
 ):
     """dx and dgamma (or None) and dA, but for the empty ones, are written."""
     with torch.cuda.device_of(x):
         bank = bank_of(len(sites), A=A, threshold=threshold, seeds=seeds, sites=sites, dA=dA)
-        plan, common = (perm, offsets, tiles, bank.table, step), dict(ROUND_FIRST=round_first, DROPOUT=dropout, TARGETS=bank.n_targets)
+        plan, common = (perm, offsets, tiles, bank.table, step, *bits_args(bits)), dict(ROUND_FIRST=round_first, DROPOUT=dropout, TARGETS=bank.n_targets)
         partial = new_partial(bank, perm)
         _launch_grad_a(bank, ds, x, gamma, rstd, offset, plan, partial, common)
         options = options_of(_STEM, "dx", x.device, ds.dtype)

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import cdiv, dropout_keep, dropout_scale, tile_index
+from ._common import cdiv, dropout_scale, tile_index
 from ._lora import (
     CHUNK,
     CHUNK_ROWS,
@@ -27,9 +27,20 @@ from ._lora import (
     size_field,
     slots_of,
 )
-from ._producers import fill_s, largest_rank, n_position_tiles, position_chunk, position_tile, producer_cases, shrink_step, shrink_target, store_s
-from .lora_kernels import _store_sum, first_slot
-from .lora_shrink import launch_finish, new_partial, new_s
+from ._producers import (
+    draw_all_bits,
+    fill_s,
+    largest_rank,
+    n_position_tiles,
+    position_chunk,
+    position_tile,
+    producer_cases,
+    shrink_step,
+    shrink_target,
+    store_s,
+)
+from .lora_kernels import _store_sum, first_slot, keep_tile
+from .lora_shrink import bits_args, launch_finish, new_partial, new_s
 
 _STEM = "swiglu_lora_shrink"
 
@@ -48,14 +59,14 @@ def _gate(b_z, GELU: tl.constexpr):
 
 @triton.jit
 def _gate_and_shrink(
-    p_gate, p_up, p_h, m_row, m_write, d_in, uid, table_ptr, step_ptr, n_adapters, adapter, rank0, p_s,
+    p_gate, p_up, p_h, b_p, m_row, m_write, d_in, uid, table_ptr, step_ptr, n_adapters, adapter, rank0, bits, p_s,
     GELU: tl.constexpr, DROPOUT: tl.constexpr, FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr, ALIGN_A: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """h of a tile of rows and its S, ranks from rank0 on; BLOCK_R = 0: h alone."""
     COMPUTE: tl.constexpr = p_s.dtype.element_ty
     if BLOCK_R:
-        target = shrink_target(table_ptr, n_adapters, adapter, step_ptr, rank0, DROPOUT, FACTOR, ALIGNED, ALIGN, ALIGN_A)
+        target = shrink_target(table_ptr, n_adapters, adapter, step_ptr, rank0, bits, 0, DROPOUT, FACTOR, ALIGNED, ALIGN, ALIGN_A)
         acc = tl.zeros([m_row.shape[0], BLOCK_R], tl.float32)
     for k in range(0, d_in, BLOCK_K):
         o_k = k + tl.arange(0, BLOCK_K)
@@ -67,7 +78,7 @@ def _gate_and_shrink(
         b_h = (a * b_up.to(tl.float32)).to(b_gate.dtype)
         tl.store(p_h + o_k[None, :], b_h, mask=m_k & m_write[:, None])
         if BLOCK_R:
-            acc = shrink_step(acc, b_h, k, d_in, uid, target, COMPUTE, DROPOUT)
+            acc = shrink_step(acc, b_h, b_p, m_row, k, d_in, uid, target, COMPUTE, DROPOUT)
     if BLOCK_R:
         store_s(acc, p_s, m_row, rank0, target, table_ptr, n_adapters, adapter, DROPOUT, ALIGN)
 
@@ -75,7 +86,7 @@ def _gate_and_shrink(
 @triton.jit
 def _swiglu_shrink_kernel(
     gate_ptr, stride_gate, up_ptr, stride_up, perm_ptr, offsets_ptr, tiles_ptr, table_ptr, step_ptr,
-    h_ptr, s_ptr, stride_s,  # outputs [T, D], [P, R]
+    h_ptr, s_ptr, stride_s, bits_ptr, stride_bits, n_bytes,  # outputs [T, D], [P, R], uint8 [P, 1, ceil(D / 8)] or None
     n_positions, n_slots, d_in, n_adapters,
     GELU: tl.constexpr, DROPOUT: tl.constexpr, BUCKETS: tl.constexpr, FILL_R: tl.constexpr,
     FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr, ALIGN_A: tl.constexpr,
@@ -89,10 +100,13 @@ def _swiglu_shrink_kernel(
     p_gate, p_up = gate_ptr + b_t[:, None] * stride_gate, up_ptr + b_t[:, None] * stride_up
     p_h, p_s = h_ptr + b_t[:, None] * d_in, s_ptr + b_p[:, None].to(tl.int64) * stride_s
     fill_s(p_s, m_row, table_ptr, n_adapters, adapter, 1, FILL_R, ALIGN)
+    bits = (bits_ptr, stride_bits, n_bytes)
+    if bits_ptr is not None:
+        draw_all_bits(bits, b_p, m_row, uid, d_in, table_ptr, step_ptr, n_adapters, adapter, 1, ALIGN)
     rank = largest_rank(table_ptr, n_adapters, adapter, 1, ALIGN)
     if rank == 0:
         _gate_and_shrink(
-            p_gate, p_up, p_h, m_row, m_write, d_in, uid, table_ptr, step_ptr, n_adapters, adapter, 0, p_s,
+            p_gate, p_up, p_h, b_p, m_row, m_write, d_in, uid, table_ptr, step_ptr, n_adapters, adapter, 0, bits, p_s,
             GELU, DROPOUT, FACTOR, ALIGNED, ALIGN, ALIGN_A, 0, BLOCK_K,
         )  # fmt: skip
         return
@@ -101,8 +115,8 @@ def _swiglu_shrink_kernel(
             if bucket_of(rank) == b:
                 for rank0 in tl.range(0, rank, 16 << b, num_stages=1):
                     _gate_and_shrink(
-                        p_gate, p_up, p_h, m_row, m_write & (rank0 == 0), d_in, uid, table_ptr, step_ptr, n_adapters, adapter,
-                        rank0, p_s, GELU, DROPOUT, FACTOR, ALIGNED, ALIGN, ALIGN_A, 16 << b, BLOCK_K if b < 3 else BLOCK_K // 2,
+                        p_gate, p_up, p_h, b_p, m_row, m_write & (rank0 == 0), d_in, uid, table_ptr, step_ptr, n_adapters, adapter,
+                        rank0, bits, p_s, GELU, DROPOUT, FACTOR, ALIGNED, ALIGN, ALIGN_A, 16 << b, BLOCK_K if b < 3 else BLOCK_K // 2,
                     )  # fmt: skip
 
 
@@ -124,7 +138,7 @@ def _lora_dh(b_ds, p_ds, m_j, p_A, stride_A, rank, o_c, m_c, BLOCK_R: tl.constex
 
 @triton.jit
 def _swiglu_chunk(
-    rows, m_c, column, ds_ptr, stride_ds, perm_ptr, n_rows, n_slots, slot, uid0, p_A, stride_A, rank0, rank, mask,
+    rows, m_c, column, ds_ptr, stride_ds, perm_ptr, n_rows, n_slots, slot, uid0, p_A, stride_A, rank0, rank, mask, bits,
     GELU: tl.constexpr, FIRST: tl.constexpr, WRITES: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
@@ -134,7 +148,6 @@ def _swiglu_chunk(
     """
     p_gate, stride_gate, p_up, stride_up, p_dh, stride_dh, p_dgate, stride_dgate, p_dup, stride_dup = rows
     BLOCK_W: tl.constexpr = m_c.shape[0]
-    threshold, seed, site, step = mask
     o_r = rank0 + tl.arange(0, BLOCK_R if BLOCK_R else 16)
     o_c = column + tl.arange(0, BLOCK_W)
     acc = tl.zeros([BLOCK_W, BLOCK_R if BLOCK_R else 16], tl.float32)
@@ -153,7 +166,7 @@ def _swiglu_chunk(
             # [J, R]
             b_ds = tl.load(p_ds + o_r[None, :], mask=m_j[:, None] & (o_r < rank)[None, :], other=0.0)
             if DROPOUT:
-                keep = dropout_keep(seed, uid0 + o_j, column, site, step, threshold, BLOCK_W)
+                keep = keep_tile(mask, bits, b_p, m_j, uid0 + o_j, column, BLOCK_W)
         if WRITES:
             m_row = m_row & (b_p % n_slots == slot)[:, None]
             total = tl.zeros([BLOCK_J, BLOCK_W], tl.float32)
@@ -163,7 +176,7 @@ def _swiglu_chunk(
                 lora = _lora_dh(b_ds, p_ds, m_j, p_A, stride_A, rank, o_c, m_c, BLOCK_R)
                 if DROPOUT:
                     lora = tl.where(keep, lora, 0.0)
-                total = tl.fma(lora, dropout_scale(threshold, DROPOUT), total)
+                total = tl.fma(lora, dropout_scale(mask[0], DROPOUT), total)
             b_dgate, b_dup = total * b_up * slope, total * a
             if not FIRST:
                 b_dgate += tl.load(p_dgate[None, :] + b_t * stride_dgate, mask=m_row, other=0.0).to(tl.float32)
@@ -181,7 +194,7 @@ def _swiglu_chunk(
 @triton.jit(do_not_specialize=["slot"])
 def _swiglu_bwd_kernel(
     dh_ptr, stride_dh, ds_ptr, stride_ds, gate_ptr, stride_gate, up_ptr, stride_up,  # [T, D], [P, R], [T, D], [T, D]
-    perm_ptr, offsets_ptr, tiles_ptr, table_ptr, step_ptr,
+    perm_ptr, offsets_ptr, tiles_ptr, table_ptr, step_ptr, bits_ptr, stride_bits, n_bytes,
     dgate_ptr, stride_dgate, dup_ptr, stride_dup, partial_ptr, slot_size,  # outputs [T, D], [T, D], [slots, slot_size]
     n_positions, n_slots, slot, d_in, n_rank_tiles, n_adapters,
     GELU: tl.constexpr, FIRST: tl.constexpr, HAS_DX: tl.constexpr, DROPOUT: tl.constexpr, BUCKETS: tl.constexpr,
@@ -205,11 +218,12 @@ def _swiglu_bwd_kernel(
     m_c, n_rows = o_c < d_in, tl.minimum(end - begin, CHUNK_ROWS)
     rows = (gate_ptr + o_c, stride_gate, up_ptr + o_c, stride_up, dh_ptr + o_c, stride_dh)
     rows += (dgate_ptr + o_c, stride_dgate, dup_ptr + o_c, stride_dup)
+    bits = (bits_ptr, stride_bits, n_bytes)
     if rank == 0:
         if HAS_DX:
             _swiglu_chunk(
                 rows, m_c, column, ds_ptr, stride_ds, perm_ptr + begin, n_rows, n_slots, slot, chunk * CHUNK_ROWS, None, 0, 0, 0,
-                (0, 0, 0, 0), GELU, FIRST, True, False, 0, BLOCK_J,
+                (0, 0, 0, 0), bits, GELU, FIRST, True, False, 0, BLOCK_J,
             )  # fmt: skip
         return
     p_slot = partial_ptr
@@ -227,7 +241,7 @@ def _swiglu_bwd_kernel(
                         if (rank0 == 0) == (writes == 1):
                             acc = _swiglu_chunk(
                                 rows, m_c, column, ds_ptr, stride_ds, perm_ptr + begin, n_rows, n_slots, slot, chunk * CHUNK_ROWS,
-                                p_A + o_c, stride_A, rank0, rank, mask,
+                                p_A + o_c, stride_A, rank0, rank, mask, bits,
                                 GELU, FIRST, HAS_DX and writes == 1, DROPOUT, 16 << b, BLOCK_J,
                             )  # fmt: skip
                             o_r = rank0 + tl.arange(0, 16 << b)
@@ -241,7 +255,7 @@ def _swiglu_bwd_kernel(
                                 )  # fmt: skip
 
 
-def swiglu_lora_shrink_fwd(gate, up, act, A, threshold, seeds, offsets, perm, tiles, step, sites, dropout):
+def swiglu_lora_shrink_fwd(gate, up, act, A, threshold, seeds, offsets, perm, tiles, step, sites, dropout, bits=None):
     with torch.cuda.device_of(gate):
         bank = bank_of(1, A=A, threshold=threshold, seeds=seeds, sites=sites)
         h, s = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device), new_s(bank, gate, perm, A)
@@ -250,7 +264,7 @@ def swiglu_lora_shrink_fwd(gate, up, act, A, threshold, seeds, offsets, perm, ti
         options = options_of(_STEM, "shrink", gate.device, s.dtype)
         _swiglu_shrink_kernel[(n_position_tiles(perm, bank, options["BLOCK_M"]),)](
             gate, gate.stride(0), up, up.stride(0), perm, offsets, tiles, bank.table, step,
-            h, s, s.stride(0),
+            h, s, s.stride(0), *bits_args(bits),
             perm.numel(), slots_of(perm, len(gate)), gate.shape[1], bank.n_adapters,
             GELU=act == 1, DROPOUT=dropout, FILL_R=fill_width(bank), TILE_INDEX=tile_index(options["BLOCK_M"]),
             **bank.pick("BUCKETS", "FACTOR", "ALIGNED", "ALIGN", "ALIGN_A"), **options,
@@ -258,7 +272,7 @@ def swiglu_lora_shrink_fwd(gate, up, act, A, threshold, seeds, offsets, perm, ti
     return h, s
 
 
-def swiglu_lora_shrink_bwd(dh, ds, gate, up, act, A, threshold, seeds, offsets, perm, tiles, step, sites, dropout, dgate, dup, dA):
+def swiglu_lora_shrink_bwd(dh, ds, gate, up, act, A, threshold, seeds, offsets, perm, tiles, step, sites, dropout, dgate, dup, dA, bits=None):
     """dgate and dup (or both None) and dA, but for the empty ones, are written."""
     with torch.cuda.device_of(gate):
         bank = bank_of(1, A=A, threshold=threshold, seeds=seeds, sites=sites, dA=dA)
@@ -270,7 +284,7 @@ def swiglu_lora_shrink_bwd(dh, ds, gate, up, act, A, threshold, seeds, offsets, 
             for slot in range(1 if dgate is None else n_slots):
                 _swiglu_bwd_kernel[(programs,)](
                     dh, dh.stride(0), ds, ds.stride(0), gate, gate.stride(0), up, up.stride(0),
-                    perm, offsets, tiles, bank.table, step,
+                    perm, offsets, tiles, bank.table, step, *bits_args(bits),
                     out[0], out[0].stride(0), out[1], out[1].stride(0), partial, partial.stride(0),
                     perm.numel(), n_slots, slot, gate.shape[1], n_rank_tiles, bank.n_adapters,
                     GELU=act == 1, FIRST=slot == 0, HAS_DX=dgate is not None, DROPOUT=dropout, TILE_INDEX=tile_index(CHUNK),

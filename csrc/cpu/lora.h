@@ -32,16 +32,17 @@ void lora_bwd(Tensors dys, Tensor x, Tensor s, Tensors A, Tensors B, Tensors bia
 // x normalised, its S, and 1 / rms [T]. The backward writes dx and dgamma, if given, and every dA that is not empty.
 std::tuple<Tensor, Tensor, Tensor> rmsnorm_lora_shrink_fwd(Tensor x, Tensor gamma, double eps, double offset, bool round_first, Tensors A,
                                                            Tensors threshold, Tensors seeds, Tensor offsets, Tensor perm, Tensor tiles,
-                                                           Tensor step, Ints sites, bool dropout);
+                                                           Tensor step, Ints sites, bool dropout, OptionalTensor bits);
 void rmsnorm_lora_shrink_bwd(Tensor dxn, Tensor ds, Tensor x, Tensor gamma, Tensor rstd, Tensor s, double offset, bool round_first, Tensors A,
                              Tensors threshold, Tensors seeds, Tensor offsets, Tensor perm, Tensor tiles, Tensor step, Ints sites,
-                             bool dropout, OptionalTensor dx, OptionalTensor dgamma, Tensors dA);
+                             bool dropout, OptionalTensor dx, OptionalTensor dgamma, Tensors dA, OptionalTensor bits);
 // act(gate) up and its S; act: index in mtkernels/reference/swiglu_lora_shrink.py. The backward writes dgate and dup, if given, and the dA.
 std::tuple<Tensor, Tensor> swiglu_lora_shrink_fwd(Tensor gate, Tensor up, int64_t act, Tensors A, Tensors threshold, Tensors seeds,
-                                                  Tensor offsets, Tensor perm, Tensor tiles, Tensor step, Ints sites, bool dropout);
+                                                  Tensor offsets, Tensor perm, Tensor tiles, Tensor step, Ints sites, bool dropout,
+                                                  OptionalTensor bits);
 void swiglu_lora_shrink_bwd(Tensor dh, Tensor ds, Tensor gate, Tensor up, int64_t act, Tensors A, Tensors threshold, Tensors seeds,
                             Tensor offsets, Tensor perm, Tensor tiles, Tensor step, Ints sites, bool dropout, OptionalTensor dgate,
-                            OptionalTensor dup, Tensors dA);
+                            OptionalTensor dup, Tensors dA, OptionalTensor bits);
 
 // (y, S) of the experts' layers, and the gradients; see mtkernels/reference/moe_lora_linear.py. Of one (expert, adapter) each, with one of
 // rank 0 behind every expert's: A, B, lora_bias, dA, dB, dbias.

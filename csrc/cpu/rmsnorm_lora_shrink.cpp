@@ -46,7 +46,7 @@ void store_gamma(const std::vector<float>& sums, int64_t parts, Tensor& dgamma) 
 
 std::tuple<Tensor, Tensor, Tensor> rmsnorm_lora_shrink_fwd(Tensor x, Tensor gamma, double eps, double offset, bool round_first, Tensors A,
                                                            Tensors threshold, Tensors seeds, Tensor offsets, Tensor perm, Tensor, Tensor step,
-                                                           Ints sites, bool dropout) {
+                                                           Ints sites, bool dropout, OptionalTensor bits) {
   STD_TORCH_CHECK(x.dim() == 2, "x is ", describe(x), "; give [T, D]");
   const int64_t T = x.size(0), D = x.size(1);
   check_rows("x", x, T, D);
@@ -55,6 +55,7 @@ std::tuple<Tensor, Tensor, Tensor> rmsnorm_lora_shrink_fwd(Tensor x, Tensor gamm
   LoraPlan plan(static_cast<int64_t>(sites.size()), static_cast<int64_t>(A.size()), T, offsets, perm);
   plan.set_A(A, xn);
   plan.set_dropout(threshold, seeds, step, sites, dropout);
+  plan.set_bits(bits, false);
   Tensor s = plan.new_s(x, promoted(x, A));
   plan.set_s(s);
   plan.zero_unowned(plan.call.s, plan.call.s_type);
@@ -73,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor> rmsnorm_lora_shrink_fwd(Tensor x, Tensor gamm
 
 void rmsnorm_lora_shrink_bwd(Tensor dxn, Tensor ds, Tensor x, Tensor gamma, Tensor rstd, Tensor, double offset, bool round_first, Tensors A,
                              Tensors threshold, Tensors seeds, Tensor offsets, Tensor perm, Tensor, Tensor step, Ints sites, bool dropout,
-                             OptionalTensor dx, OptionalTensor dgamma, Tensors dA) {
+                             OptionalTensor dx, OptionalTensor dgamma, Tensors dA, OptionalTensor bits) {
   STD_TORCH_CHECK(x.dim() == 2 && dxn.scalar_type() == x.scalar_type(), "x is ", describe(x), " and dxn is ", describe(dxn),
                   "; give [T, D] of one dtype");
   const int64_t T = x.size(0), D = x.size(1);
@@ -86,6 +87,7 @@ void rmsnorm_lora_shrink_bwd(Tensor dxn, Tensor ds, Tensor x, Tensor gamma, Tens
   Tensor xn = empty(x, {T, D}, x.scalar_type());
   plan.set_A(A, xn);
   plan.set_dropout(threshold, seeds, step, sites, dropout);
+  plan.set_bits(bits, true);
   plan.set_ds(ds);
   plan.set_dA(dA);
   const bool rows_wanted = dx || dgamma;

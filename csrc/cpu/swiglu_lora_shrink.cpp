@@ -32,13 +32,14 @@ MakeRows for_first_positions(int64_t slots, const F& f) {
 }  // namespace
 
 std::tuple<Tensor, Tensor> swiglu_lora_shrink_fwd(Tensor gate, Tensor up, int64_t act, Tensors A, Tensors threshold, Tensors seeds, Tensor offsets,
-                                                  Tensor perm, Tensor, Tensor step, Ints sites, bool dropout) {
+                                                  Tensor perm, Tensor, Tensor step, Ints sites, bool dropout, OptionalTensor bits) {
   check_pair(gate, up);
   const int64_t T = gate.size(0), D = gate.size(1);
   Tensor h = empty(gate, {T, D}, gate.scalar_type());
   LoraPlan plan(static_cast<int64_t>(sites.size()), static_cast<int64_t>(A.size()), T, offsets, perm);
   plan.set_A(A, h);
   plan.set_dropout(threshold, seeds, step, sites, dropout);
+  plan.set_bits(bits, false);
   Tensor s = plan.new_s(gate, promoted(gate, A));
   plan.set_s(s);
   plan.zero_unowned(plan.call.s, plan.call.s_type);
@@ -50,7 +51,8 @@ std::tuple<Tensor, Tensor> swiglu_lora_shrink_fwd(Tensor gate, Tensor up, int64_
 }
 
 void swiglu_lora_shrink_bwd(Tensor dh, Tensor ds, Tensor gate, Tensor up, int64_t act, Tensors A, Tensors threshold, Tensors seeds, Tensor offsets,
-                            Tensor perm, Tensor, Tensor step, Ints sites, bool dropout, OptionalTensor dgate, OptionalTensor dup, Tensors dA) {
+                            Tensor perm, Tensor, Tensor step, Ints sites, bool dropout, OptionalTensor dgate, OptionalTensor dup, Tensors dA,
+                            OptionalTensor bits) {
   check_pair(gate, up);
   const int64_t T = gate.size(0), D = gate.size(1);
   STD_TORCH_CHECK(dh.scalar_type() == gate.scalar_type(), "dh is ", describe(dh), ", gate is ", describe(gate), "; give one dtype");
@@ -59,6 +61,7 @@ void swiglu_lora_shrink_bwd(Tensor dh, Tensor ds, Tensor gate, Tensor up, int64_
   Tensor h = empty(gate, {T, D}, gate.scalar_type());
   plan.set_A(A, h);
   plan.set_dropout(threshold, seeds, step, sites, dropout);
+  plan.set_bits(bits, true);
   plan.set_ds(ds);
   plan.set_dA(dA);
   plan.set_dx(dgate, gate);

@@ -15,7 +15,7 @@ REPLAY, BITMASK, AUTO = 1, 2, 3
 # Of the params that come before, or empty: gradients are then added to these.
 MAIN_GRAD = "Tensor[] main_grad"
 # What a shrink alone reads of its banks.
-SHRINK = f"Tensor[] A, Tensor[] threshold, Tensor[] seeds, int[] ranks, int[] layouts, {PLAN}, int[] sites, bool dropout"
+SHRINK = f"Tensor[] A, Tensor[] threshold, Tensor[] seeds, int[] ranks, int[] layouts, {PLAN}, int[] sites, int dropout"
 
 
 def bank_args(op, banks):
@@ -34,12 +34,13 @@ def bank_args(op, banks):
     )
 
 
-def shrink_args(op, banks, plan, sites, training):
+def shrink_args(op, banks, plan, sites, training, mode):
     """The arguments of schema piece SHRINK."""
     _check_dtypes(op, banks)
     factors = [t for bank in banks for t in bank.params_A], [bank.threshold for bank in banks], [bank.seeds for bank in banks]
     layouts = [LAYOUTS.index(bank.layout) for bank in banks]
-    return *factors, [r for bank in banks for r in bank.ranks], layouts, *plan_args(plan), list(sites), training
+    dropout = dropout_arg(op, banks, training, mode)
+    return *factors, [r for bank in banks for r in bank.ranks], layouts, *plan_args(plan), list(sites), dropout
 
 
 def dropout_arg(op, banks, training, mode):

@@ -5,8 +5,8 @@ Formula    h = act(gate) o up, act(gate) and h rounded to their dtype;  s[p] = (
 Shapes     gate, up [..., D] with T rows, ids of the plan [T] or [T, K] -> h [..., D], s [T, R] or [T, K, R], R the largest rank
 Gradients  gate, up and every A_i (zeros for adapters without rows)
 Backends   reference, cpu, triton. No CUDA C++: the GEMMs want wgmma and TMA, which come through Triton
-Cost       reads gate and up and writes h, once each; backward reads gate, up, dh and writes dgate, dup. Saved: gate, up;
-           never h or a mask
+Cost       reads gate and up and writes h, once each; backward reads gate, up, dh and writes dgate, dup. Saved: gate, up,
+           and with dropout_mode="bitmask" one bit for each element of h; never h
 
     h, s = swiglu_lora_shrink(gate, up, down_bank, plan)
     y = lora_expand(s, down_bank, plan, out=F.linear(h, W_down))
@@ -28,22 +28,27 @@ from .rmsnorm_lora_shrink import rmsnorm_lora_shrink
 
 def _kernel(gate, up, act, A, threshold, seeds, ranks, layouts, ids, offsets, perm, tiles, step, sites, dropout, main_grad, backend):
     run, views = _lora.launchers("swiglu_lora_shrink", gate, A[0], backend), _lora.factors_A(A, ranks, layouts)
-    return run.swiglu_lora_shrink_fwd(gate, up, act, views, threshold, seeds, offsets, perm, tiles, step, sites, dropout)
+    bits = _lora.new_bits(dropout, gate, A[0], perm, 1, backend)
+    plan = offsets, perm, tiles, step, sites, bool(dropout)
+    return *run.swiglu_lora_shrink_fwd(gate, up, act, views, threshold, seeds, *plan, _lora.kept(bits)), bits
 
 
-def _bwd_kernel(dh, ds, gate, up, act, A, threshold, seeds, ranks, layouts, ids, offsets, perm, tiles, step, sites, dropout, need_x, need, fp32_grads, backend):
+def _bwd_kernel(dh, ds, gate, up, bits, act, A, threshold, seeds, ranks, layouts, ids, *rest):
+    offsets, perm, tiles, step, sites, dropout, need_x, need, fp32_grads, backend = rest
     run, views = _lora.launchers("swiglu_lora_shrink", gate, A[0], backend), _lora.factors_A(A, ranks, layouts)
     dgate, dup = (torch.empty_like(t, memory_format=torch.contiguous_format) if need_x else None for t in (gate, up))
     grads, dA = _lora.new_grads(A, views_A, need, ranks, layouts, _lora.grad_dtype(fp32_grads, A))
-    run.swiglu_lora_shrink_bwd(dh, ds, gate, up, act, views, threshold, seeds, offsets, perm, tiles, step, sites, dropout, dgate, dup, dA)
+    plan = offsets, perm, tiles, step, sites, bool(dropout)
+    run.swiglu_lora_shrink_bwd(dh, ds, gate, up, act, views, threshold, seeds, *plan, dgate, dup, dA, bits)
     return *(gate.new_empty(0) if d is None else d for d in (dgate, dup)), grads
 
 
-def _fake(gate, up, act, A, threshold, seeds, ranks, layouts, ids, offsets, perm, *_):
-    return gate.new_empty(gate.shape), gate.new_empty(perm.shape[0], max(ranks), dtype=_lora.s_dtype(gate, A))
+def _fake(gate, up, act, A, threshold, seeds, ranks, layouts, ids, offsets, perm, tiles, step, sites, dropout, main_grad, backend):
+    s = gate.new_empty(perm.shape[0], max(ranks), dtype=_lora.s_dtype(gate, A))
+    return gate.new_empty(gate.shape), s, _lora.new_bits(dropout, gate, A[0], perm, 1, backend)
 
 
-def _bwd_fake(dh, ds, gate, up, act, A, *rest):
+def _bwd_fake(dh, ds, gate, up, bits, act, A, *rest):
     need_x, need, fp32_grads, _ = rest[-4:]
     shape = gate.shape if need_x else 0
     return gate.new_empty(shape), gate.new_empty(shape), _lora.fake_grads(A, need, fp32_grads)
@@ -54,14 +59,15 @@ class _SwigluLoraShrink(torch.autograd.Function):
     def forward(ctx, spec, *flat):
         args = unpack(spec, flat)
         with below_autograd():
-            h, s = _op(*args)
-        *kept, ctx.main_grad, ctx.backend = args
+            h, s, bits = _op(*args)
+        gate, up, *rest, ctx.main_grad, ctx.backend = args
         ctx.spec = spec
-        save(ctx, *kept)
-        return h, s
+        save(ctx, gate, up, _lora.kept(bits), *rest)
+        ctx.mark_non_differentiable(bits)
+        return h, s, bits
 
     @staticmethod
-    def backward(ctx, dh, ds):
+    def backward(ctx, dh, ds, _):
         need_gate, need_up, _, need_A, *_ = unpack(ctx.spec, ctx.needs_input_grad[1:])
         dgate, dup, grads = _bwd_op(dh.contiguous(), ds.contiguous(), *load(ctx), need_gate or need_up, need_A, bool(ctx.main_grad), ctx.backend)
         dA = _lora.returned(ctx.main_grad, grads, need_A)
@@ -76,7 +82,7 @@ def _apply(*args):
 
 _op = register(
     "swiglu_lora_shrink",
-    f"swiglu_lora_shrink(Tensor gate, Tensor up, int act, {_lora.SHRINK}, {_lora.MAIN_GRAD}, str backend) -> (Tensor h, Tensor s)",
+    f"swiglu_lora_shrink(Tensor gate, Tensor up, int act, {_lora.SHRINK}, {_lora.MAIN_GRAD}, str backend) -> (Tensor h, Tensor s, Tensor bits)",
     kernel=_kernel,
     fake=_fake,
     autograd=_apply,
@@ -84,19 +90,20 @@ _op = register(
 )
 _bwd_op = register(
     "swiglu_lora_shrink",
-    f"swiglu_lora_shrink_bwd(Tensor dh, Tensor ds, Tensor gate, Tensor up, int act, {_lora.SHRINK}, bool need_x, bool[] need, bool fp32_grads, str backend)"
-    " -> (Tensor dgate, Tensor dup, Tensor[] grads)",
+    f"swiglu_lora_shrink_bwd(Tensor dh, Tensor ds, Tensor gate, Tensor up, Tensor? bits, int act, {_lora.SHRINK}, bool need_x, bool[] need,"
+    " bool fp32_grads, str backend) -> (Tensor dgate, Tensor dup, Tensor[] grads)",
     kernel=_bwd_kernel,
     fake=_bwd_fake,
 )
 
 
-def swiglu_lora_shrink(gate, up, bank, plan, *, act="silu", training=True, site=0, backend=None):
+def swiglu_lora_shrink(gate, up, bank, plan, *, act="silu", training=True, site=0, dropout_mode="auto", backend=None):
     """(h [..., D], s): act(gate) * up, and its rank-space rows; s is [T, R] or [T, K, R] as the plan's ids, R the largest rank.
 
     gate, up: [..., D] with T rows, one shape and dtype, float32/bfloat16/float16 (float64 on the reference); any row
     stride, so the halves of one [T, 2D] tensor will do. bank: LoraBank of the layer that reads h (its B, scale and bias
-    are not read). act: "silu", or "gelu_tanh" (transformers' gelu_pytorch_tanh). plan, training, site: as in lora_shrink.
+    are not read). act: "silu", or "gelu_tanh" (transformers' gelu_pytorch_tanh). plan, training, site,
+    dropout_mode: as in lora_shrink.
     Raises TypeError/ValueError naming what does not fit.
     """
     op = "swiglu_lora_shrink"
@@ -107,8 +114,8 @@ def swiglu_lora_shrink(gate, up, bank, plan, *, act="silu", training=True, site=
     if up.dtype != gate.dtype or up.device != gate.device:
         raise TypeError(f"{op}: up is {up.dtype} on {up.device}, gate is {gate.dtype} on {gate.device}; give both one dtype and device")
     up_rows = _lora.rows_of(op, up, bank, plan)
-    shrink = _lora.shrink_args(op, [bank], plan, [site], training)
-    h, s = _op(rows, up_rows, _activation(op, act), *shrink, _lora.main_grads([bank], "A"), _backends.requested(backend))
+    shrink = _lora.shrink_args(op, [bank], plan, [site], training, dropout_mode)
+    h, s, _ = _op(rows, up_rows, _activation(op, act), *shrink, _lora.main_grads([bank], "A"), _backends.requested(backend))
     return h.view(gate.shape), s.view(*plan.shape, s.shape[1])
 
 
@@ -119,21 +126,23 @@ def _activation(op, act):
 
 
 def lora_swiglu_mlp(
-    x, w_gate, w_up, w_down, banks, plan, *, biases=None, norm=None, offset=0.0, act="silu", training=True, sites=None, backend=None
-):
+    x, w_gate, w_up, w_down, banks, plan, *,
+    biases=None, norm=None, offset=0.0, act="silu", training=True, sites=None, dropout_mode="auto", backend=None,
+):  # fmt: skip
     """y [..., D]: the gated MLP of Llama, Qwen and Gemma with LoRA on its three projections.
 
     x: [..., D] with T rows. w_gate, w_up [H, D], w_down [D, H], and biases (gate, up, down; each [.] or None): the frozen or
     trained base. banks: three LoraBanks (gate, up, down). norm: (gamma [D], eps) of the RMSNorm before the MLP, and offset
     its offset, as in rmsnorm_lora_shrink; None = x is what the projections read. act: as in swiglu_lora_shrink.
-    sites: three dropout sites, None = 0, 1, 2. plan, training: as in lora_linear.
-    Saved with a frozen base: x, gate, up [T, H] and rank-space rows; not the normalised x, h or a mask.
+    sites: three dropout sites, None = 0, 1, 2. plan, training, dropout_mode: as in lora_linear.
+    Saved with a frozen base: x, gate, up [T, H], rank-space rows and, if dropout_mode keeps them, bits of the masks of three
+    layers; not the normalised x or h.
     Raises TypeError/ValueError naming what does not fit.
     """
     banks, biases, sites = list(banks), [None] * 3 if biases is None else list(biases), list(range(3) if sites is None else sites)
     if not len(banks) == len(biases) == len(sites) == 3:
         raise ValueError(f"lora_swiglu_mlp: got {len(banks)} banks, {len(biases)} biases and {len(sites)} sites; give three of each: gate, up, down")
-    options = dict(training=training, backend=backend)
+    options = dict(training=training, dropout_mode=dropout_mode, backend=backend)
     if norm is None:
         gate, up = lora_linear_group(x, [w_gate, w_up], biases[:2], banks[:2], plan, sites=sites[:2], **options)
     else:

@@ -6,7 +6,7 @@
     dgate = dh' o up o act'(gate)      dup = dh' o a      dA_i = dS^T (M o h)
 
 act is ACTIVATIONS[index]. a and h are rounded to their dtype, as in transformers' LlamaMLP; S and dA see h as rounded.
-Positions and empty gradients as in lora_shrink.
+Positions, bits and empty gradients as in lora_shrink.
 """
 
 import torch
@@ -17,15 +17,15 @@ from .lora_shrink import lora_shrink_bwd, lora_shrink_fwd, wide
 ACTIVATIONS = ("silu", "gelu_tanh")
 
 
-def swiglu_lora_shrink_fwd(gate, up, act, A, threshold, seeds, offsets, perm, tiles, step, sites, dropout):
+def swiglu_lora_shrink_fwd(gate, up, act, A, threshold, seeds, offsets, perm, tiles, step, sites, dropout, bits=None):
     h = _activate(gate, act).to(gate.dtype) * up
-    return h, lora_shrink_fwd(h, A, threshold, seeds, offsets, perm, tiles, step, sites, dropout)
+    return h, lora_shrink_fwd(h, A, threshold, seeds, offsets, perm, tiles, step, sites, dropout, bits)
 
 
-def swiglu_lora_shrink_bwd(dh, ds, gate, up, act, A, threshold, seeds, offsets, perm, tiles, step, sites, dropout, dgate, dup, dA):
+def swiglu_lora_shrink_bwd(dh, ds, gate, up, act, A, threshold, seeds, offsets, perm, tiles, step, sites, dropout, dgate, dup, dA, bits=None):
     """Writes dgate and dup, unless both are None, and dA."""
     total, a = wide(dh).clone(), _activate(gate, act).to(gate.dtype)
-    lora_shrink_bwd(ds, a * up, A, threshold, seeds, offsets, perm, tiles, step, sites, dropout, total, dA)
+    lora_shrink_bwd(ds, a * up, A, threshold, seeds, offsets, perm, tiles, step, sites, dropout, total, dA, bits)
     if dgate is not None:
         dgate.copy_(total * wide(up) * _slope(wide(gate), act))
         dup.copy_(total * wide(a))

@@ -58,7 +58,7 @@ class _Setup(Setup):
         return self.problem(lambda: _joined(*fn()), lambda: _joined(*plain()), width, by_row=("out", *by_row), dtype=dtype)
 
 
-def _rmsnorm(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtype=None, n_in=72, two=False, ranks=(RANKS, OTHER_RANKS), **casting):
+def _rmsnorm(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtype=None, n_in=72, two=False, ranks=(RANKS, OTHER_RANKS), mode="auto", **casting):
     on = _Setup(ids, dtype, device, backend, exact, factor_dtype, n_in, two=two)
     banks, x = on.banks(*ranks), on.x
     gamma = on.leaves["gamma"] = on.make.tensor("gamma", n_in)
@@ -69,12 +69,12 @@ def _rmsnorm(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtyp
         return xn, plain_s(xn, banks, on.ids, sites)
 
     def ours():
-        return rmsnorm_lora_shrink(x, gamma, EPS, banks, on.plan(), sites=sites, backend=backend, **casting)
+        return rmsnorm_lora_shrink(x, gamma, EPS, banks, on.plan(), sites=sites, dropout_mode=mode, backend=backend, **casting)
 
     return on.joined(ours, plain, banks, n_in, ("x",))
 
 
-def _swiglu(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtype=None, n_in=72, two=False, act="silu"):
+def _swiglu(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtype=None, n_in=72, two=False, act="silu", mode="auto"):
     on = _Setup(ids, dtype, device, backend, exact, factor_dtype, n_in, two=two)
     banks = on.banks(RANKS)
     del on.leaves["x"]
@@ -84,15 +84,17 @@ def _swiglu(ids, dtype, device="cpu", *, backend=None, exact=False, factor_dtype
         h = (F.silu(gate) if act == "silu" else F.gelu(gate, approximate="tanh")) * up
         return h, plain_s(h, banks, on.ids, [SITE])
 
-    options = dict(act=act, site=SITE, backend=backend)
+    options = dict(act=act, site=SITE, dropout_mode=mode, backend=backend)
     return on.joined(lambda: swiglu_lora_shrink(gate, up, banks[0], on.plan(), **options), plain, banks, n_in, ("gate", "up"))
 
 
 PRODUCER_PROBLEMS = {
     "rmsnorm_lora_shrink": _rmsnorm,
     "rmsnorm_lora_shrink:gemma": lambda *args, **kw: _rmsnorm(*args, offset=1.0, casting="gemma", ranks=(RANKS,), **kw),
+    "rmsnorm_lora_shrink:bitmask": lambda *args, **kw: _rmsnorm(*args, mode="bitmask", **kw),
     "rmsnorm_lora_shrink:slots": lambda *args, **kw: _rmsnorm(*args, two=True, **kw),
     "swiglu_lora_shrink": _swiglu,
     "swiglu_lora_shrink:gelu": lambda *args, **kw: _swiglu(*args, act="gelu_tanh", **kw),
+    "swiglu_lora_shrink:bitmask": lambda *args, **kw: _swiglu(*args, mode="bitmask", **kw),
     "swiglu_lora_shrink:slots": lambda *args, **kw: _swiglu(*args, two=True, **kw),
 }
