@@ -9,7 +9,7 @@ import triton.language as tl
 from . import _common
 from ._common import dropout_scale, group_of_tile
 from ._lora import CHUNK, PTR_A, RANK, S_BEGIN, S_WIDTH, STRIDE_A, dropout_of, factor_pointer, field, size_field
-from .lora_kernels import bits_of_target, draw_bits, fill_zeros, keep_tile
+from .lora_kernels import bits_of_target, fill_zeros, keep_tile
 
 # Targets of ranks up to 32 whose sums one pass over the rows keeps in registers; wider and further ones take another pass.
 PASS = tl.constexpr(3)
@@ -60,24 +60,6 @@ def fill_s(p_s, m_row, table_ptr, n_adapters, adapter, TARGETS: tl.constexpr, FI
 
 
 @triton.jit
-def draw_all_bits(
-    bits, b_p, m_row, uid, n_cols, table_ptr, step_ptr, n_adapters, adapter, TARGETS: tl.constexpr, ALIGN: tl.constexpr
-):
-    """Write the keep bits of every target, zeros for one of rank 0 and for no adapter."""
-    n_columns = n_adapters * TARGETS
-    for g in tl.range(0, TARGETS, num_stages=1):
-        entry = g * n_adapters + adapter
-        rank = tl.zeros((), tl.int32)
-        if adapter < n_adapters:
-            rank = size_field(table_ptr, n_columns, entry, RANK, ALIGN)
-        target_bits = bits_of_target(bits[0], bits[1], bits[2], g)
-        if rank > 0:
-            draw_bits(dropout_of(table_ptr, n_columns, entry, step_ptr, True), target_bits, b_p, m_row, uid, n_cols, 128)
-        else:
-            fill_zeros(target_bits[0] + b_p[:, None].to(tl.int64) * bits[1], m_row, 0, bits[2], 64)
-
-
-@triton.jit
 def shrink_target(
     table_ptr, n_columns, entry, step_ptr, rank0, bits, target,
     DROPOUT: tl.constexpr, FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ALIGN: tl.constexpr, ALIGN_A: tl.constexpr,
@@ -118,6 +100,13 @@ def n_position_tiles(perm, bank, rows):
     return _common.cdiv(perm.numel(), rows) + bank.n_adapters + 1
 
 
+def options_for(options, keeps_bits):
+    """Launch options with or without kept bits: tiles are the same, so results are too, and only num_stages may differ."""
+    options = dict(options)
+    stages = options.pop("bits_stages", options["num_stages"])
+    return {**options, "num_stages": stages} if keeps_bits else options
+
+
 def producer_cases(stem, kernels, arch, pointers, fixed=()):
     """Compile cases of {name: kernel}: bf16, float32, float32 factors over bf16 rows.
 
@@ -132,8 +121,8 @@ def producer_cases(stem, kernels, arch, pointers, fixed=()):
         types |= dict.fromkeys(("s_ptr", "ds_ptr"), f"*{'bf16' if bits == 16 else 'fp32'}") | dict.fromkeys(("eps", "offset"), "fp32")
         types |= dict(bits_ptr="*u8")
         for name, kernel in kernels.items():
-            options = _common.launch_options(stem, name, arch, bits)
-            rows_index = _common.tile_index(options.get("BLOCK_M", CHUNK))
+            launch = _common.launch_options(stem, name, arch, bits)
+            rows_index = _common.tile_index(launch.get("BLOCK_M", CHUNK))
             constexprs = dict(
                 DROPOUT=True, BUCKETS=0b1001, FILL_R=128, LAYOUT=0, DENSE=True, ALIGNED=True, ALIGN_A=8, TILE_INDEX=rows_index, FIRST=True,
                 FACTOR=getattr(tl, factor), GRAD=getattr(tl, factor), **dict(fixed),
@@ -141,6 +130,7 @@ def producer_cases(stem, kernels, arch, pointers, fixed=()):
             plain, replayed = dict(n_slots=1, TARGETS=1, ALIGN=8), dict(bits_ptr=None)
             variants = [("", plain | replayed), (".ragged", dict(TARGETS=PASS.value, ALIGN=1) | replayed), (".bits", plain)]
             for suffix, chosen in variants[: 3 if "bits_ptr" in kernel.arg_names else 2]:
+                options = options_for(launch, suffix == ".bits")
                 chosen = {k: v for k, v in {**constexprs, **chosen}.items() if k in kernel.arg_names and k not in options}
                 dots = bits == 16 and name != "finish"
                 yield _common.compile_case(

@@ -22,8 +22,8 @@ from ._lora import (
     field,
     size_field,
 )
-from ._producers import PASS, draw_all_bits, fill_s, largest_rank, position_chunk, position_tile, shrink_step, shrink_target, store_s
-from .lora_kernels import _store_sum, bits_of_target, expand_dot, first_slot, keep_tile
+from ._producers import PASS, fill_s, largest_rank, position_chunk, position_tile, shrink_step, shrink_target, store_s
+from .lora_kernels import _store_sum, bits_of_target, draw_bits, expand_dot, fill_zeros, first_slot, keep_tile
 from .lora_shrink import _sum_chunks_program
 
 
@@ -39,6 +39,24 @@ def _scaled(b_x, b_r, b_w, ROUND_FIRST: tl.constexpr):
     if ROUND_FIRST:
         b_xhat = b_xhat.to(b_x.dtype).to(tl.float32)
     return (b_xhat * b_w[None, :]).to(b_x.dtype), b_xhat
+
+
+@triton.jit
+def _draw_bits_of_targets(
+    bits, b_p, m_row, uid, n_cols, table_ptr, step_ptr, n_adapters, adapter, TARGETS: tl.constexpr, ALIGN: tl.constexpr
+):
+    """Write the keep bits of every target, zeros for one of rank 0 and for no adapter."""
+    n_columns = n_adapters * TARGETS
+    for g in tl.range(0, TARGETS, num_stages=1):
+        entry = g * n_adapters + adapter
+        rank = tl.zeros((), tl.int32)
+        if adapter < n_adapters:
+            rank = size_field(table_ptr, n_columns, entry, RANK, ALIGN)
+        target_bits = bits_of_target(bits[0], bits[1], bits[2], g)
+        if rank > 0:
+            draw_bits(dropout_of(table_ptr, n_columns, entry, step_ptr, True), target_bits, b_p, m_row, uid, n_cols, 128)
+        else:
+            fill_zeros(target_bits[0] + b_p[:, None].to(tl.int64) * bits[1], m_row, 0, bits[2], 64)
 
 
 @triton.jit
@@ -115,7 +133,7 @@ def _rmsnorm_shrink_kernel(
     fill_s(p_s, m_row, table_ptr, n_adapters, adapter, TARGETS, FILL_R, ALIGN)
     bits = (bits_ptr, stride_bits, n_bytes)
     if bits_ptr is not None:
-        draw_all_bits(bits, b_p, m_row, uid, d_in, table_ptr, step_ptr, n_adapters, adapter, TARGETS, ALIGN)
+        _draw_bits_of_targets(bits, b_p, m_row, uid, d_in, table_ptr, step_ptr, n_adapters, adapter, TARGETS, ALIGN)
     rank = largest_rank(table_ptr, n_adapters, adapter, TARGETS, ALIGN)
     if rank == 0:
         _normalize_and_shrink(
@@ -251,12 +269,16 @@ def _normed_grad_dot(
         m_j = o_j < n_rows
         b_p = tl.load(perm_ptr + o_j, mask=m_j, other=0)
         b_t = (b_p // n_slots).to(tl.int64)
+        if bits[0] is not None:  # before the rows that it would share registers with
+            keep = keep_tile(mask, bits, b_p, m_j, uid0 + o_j, column, BLOCK_W)
         # [J, W]
         b_x = tl.load(x_ptr + b_t[:, None] * stride_x + o_c[None, :], mask=m_j[:, None] & m_c[None, :], other=0.0)
         b_xn, _ = _scaled(b_x, tl.load(rstd_ptr + b_t, mask=m_j, other=0.0), b_w, ROUND_FIRST)
         # [J, R]
         b_ds = tl.load(ds_ptr + b_p[:, None].to(tl.int64) * stride_ds + o_r[None, :], mask=m_j[:, None] & m_r[None, :], other=0.0)
-        if DROPOUT:
+        if bits[0] is not None:
+            b_xn = tl.where(keep, b_xn, 0.0)
+        elif DROPOUT:
             b_xn = tl.where(keep_tile(mask, bits, b_p, m_j, uid0 + o_j, column, BLOCK_W), b_xn, 0.0)
         acc = tl.dot(tl.trans(b_xn.to(b_ds.dtype)), b_ds, acc, input_precision="ieee")
     return acc

@@ -28,10 +28,10 @@ from ._lora import (
     slots_of,
 )
 from ._producers import (
-    draw_all_bits,
     fill_s,
     largest_rank,
     n_position_tiles,
+    options_for,
     position_chunk,
     position_tile,
     producer_cases,
@@ -39,7 +39,7 @@ from ._producers import (
     shrink_target,
     store_s,
 )
-from .lora_kernels import _store_sum, first_slot, keep_tile
+from .lora_kernels import _store_sum, draw_bits, fill_zeros, first_slot, keep_tile
 from .lora_shrink import bits_args, launch_finish, new_partial, new_s
 
 _STEM = "swiglu_lora_shrink"
@@ -101,15 +101,17 @@ def _swiglu_shrink_kernel(
     p_h, p_s = h_ptr + b_t[:, None] * d_in, s_ptr + b_p[:, None].to(tl.int64) * stride_s
     fill_s(p_s, m_row, table_ptr, n_adapters, adapter, 1, FILL_R, ALIGN)
     bits = (bits_ptr, stride_bits, n_bytes)
-    if bits_ptr is not None:
-        draw_all_bits(bits, b_p, m_row, uid, d_in, table_ptr, step_ptr, n_adapters, adapter, 1, ALIGN)
     rank = largest_rank(table_ptr, n_adapters, adapter, 1, ALIGN)
     if rank == 0:
         _gate_and_shrink(
             p_gate, p_up, p_h, b_p, m_row, m_write, d_in, uid, table_ptr, step_ptr, n_adapters, adapter, 0, bits, p_s,
             GELU, DROPOUT, FACTOR, ALIGNED, ALIGN, ALIGN_A, 0, BLOCK_K,
         )  # fmt: skip
+        if bits_ptr is not None:
+            fill_zeros(bits_ptr + b_p[:, None].to(tl.int64) * stride_bits, m_row, 0, n_bytes, 64)
         return
+    if bits_ptr is not None:
+        draw_bits(dropout_of(table_ptr, n_adapters, adapter, step_ptr, DROPOUT), bits, b_p, m_row, uid, d_in, 128)
     for b in tl.static_range(4):
         if BUCKETS & (1 << b):
             if bucket_of(rank) == b:
@@ -261,7 +263,7 @@ def swiglu_lora_shrink_fwd(gate, up, act, A, threshold, seeds, offsets, perm, ti
         h, s = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device), new_s(bank, gate, perm, A)
         if not gate.numel():
             return h, s
-        options = options_of(_STEM, "shrink", gate.device, s.dtype)
+        options = options_for(options_of(_STEM, "shrink", gate.device, s.dtype), bits is not None)
         _swiglu_shrink_kernel[(n_position_tiles(perm, bank, options["BLOCK_M"]),)](
             gate, gate.stride(0), up, up.stride(0), perm, offsets, tiles, bank.table, step,
             h, s, s.stride(0), *bits_args(bits),
@@ -278,7 +280,7 @@ def swiglu_lora_shrink_bwd(dh, ds, gate, up, act, A, threshold, seeds, offsets, 
         bank = bank_of(1, A=A, threshold=threshold, seeds=seeds, sites=sites, dA=dA)
         partial, out = new_partial(bank, perm), (ds, ds) if dgate is None else (dgate, dup)
         if gate.numel() and (dgate is not None or bank.largest[0]):
-            options = options_of(_STEM, "bwd", gate.device, ds.dtype)
+            options = options_for(options_of(_STEM, "bwd", gate.device, ds.dtype), bits is not None)
             n_rank_tiles, n_slots = cdiv(bank.max_rank, 64) or 1, slots_of(perm, len(gate))
             programs = n_position_tiles(perm, bank, CHUNK) * cdiv(gate.shape[1], options["BLOCK_W"]) * n_rank_tiles
             for slot in range(1 if dgate is None else n_slots):
