@@ -217,10 +217,9 @@ def _swiglu_bwd_kernel(
         return
 
     o_c = column + tl.arange(0, BLOCK_W)
-    m_c, n_rows = o_c < d_in, tl.minimum(end - begin, CHUNK_ROWS)
+    m_c, n_rows, bits = o_c < d_in, tl.minimum(end - begin, CHUNK_ROWS), (bits_ptr, stride_bits, n_bytes)
     rows = (gate_ptr + o_c, stride_gate, up_ptr + o_c, stride_up, dh_ptr + o_c, stride_dh)
     rows += (dgate_ptr + o_c, stride_dgate, dup_ptr + o_c, stride_dup)
-    bits = (bits_ptr, stride_bits, n_bytes)
     if rank == 0:
         if HAS_DX:
             _swiglu_chunk(
