@@ -74,7 +74,7 @@ inline void check_floating(const char* name, const Tensor& t) {
 
 // A matrix whose rows are dense but may lie any distance apart.
 inline void check_rows(const char* name, const Tensor& t, int64_t rows, int64_t cols) {
-  STD_TORCH_CHECK(has_shape(t, {rows, cols}) && (cols <= 1 || t.stride(1) == 1), name, " is ", describe(t), "; give [",
+  STD_TORCH_CHECK(has_shape(t, {rows, cols}) && (rows == 0 || cols <= 1 || t.stride(1) == 1), name, " is ", describe(t), "; give [",
                   rows, ", ", cols, "] with unit stride in the last dimension");
 }
 

@@ -79,7 +79,7 @@ void LoraPlan::set_A(const Tensors& A, const Tensor& x) {
   call.D = x.size(1);
   for (size_t i = 0; i < A.size(); ++i) {
     set_rank("A", adapters[i], A[i], 0, call.D, A[0].scalar_type());
-    STD_TORCH_CHECK(call.D <= 1 || A[i].stride(1) == 1, "A is ", describe(A[i]), "; give it unit stride in the last dimension");
+    check_rows("A", A[i], adapters[i].rank, call.D);
     adapters[i].A = factor_of(A[i]);
     adapters[i].keep_factor = 1.f;
   }
