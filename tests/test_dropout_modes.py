@@ -80,13 +80,15 @@ CALLS = {
     "lora_swiglu_mlp": lambda n, plan, **kw: n.mlp(plan, **kw),
     "lora_swiglu_mlp, norm": lambda n, plan, **kw: n.mlp(plan, norm=(n.gamma, 1e-5), sites=(*SITES, 9), **kw),
 }
-PRODUCERS = ("rmsnorm_lora_shrink, two banks", "swiglu_lora_shrink", "lora_swiglu_mlp, norm")
+PRODUCERS = ("rmsnorm_lora_shrink, two banks", "swiglu_lora_shrink")
+# Calls of other ops here, so tested where they are fast.
+COMPOSED = ("lora_swiglu_mlp", "lora_swiglu_mlp, norm")
 SLOT_CALLS = {
     "lora_linear": lambda n, plan, **kw: mtk.lora_linear(n.x, n.weights[0], None, n.banks[0], plan, gates=n.gates, **kw),
     "lora_delta_group": lambda n, plan, **kw: mtk.lora_delta_group(n.x, n.banks, plan, **kw),
     "lora_shrink": lambda n, plan, **kw: mtk.lora_shrink(n.x, n.banks[0], plan, **kw),
     "moe_lora_linear": lambda n, plan, **kw: n.experts(gates=n.gates, **kw),
-    **{name: CALLS[name] for name in CALLS if name.startswith(("rmsnorm", "swiglu", "lora_swiglu"))},
+    **{name: CALLS[name] for name in ("rmsnorm_lora_shrink", *PRODUCERS)},
 }
 
 
@@ -114,9 +116,16 @@ def check(layer, call, **kw):
     assert not torch.equal(replay[0], off if isinstance(off, torch.Tensor) else off[0])  # a mask was drawn
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in COMPOSED])
 def test_the_same_bits(name, way):
     check(Layer(way, 37), CALLS[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("ids", [IDS, SLOTS], ids=["one", "several"])
+@pytest.mark.parametrize("name", COMPOSED)
+def test_the_same_bits_of_a_composition(name, ids, dtype, fast_way):
+    check(Layer(fast_way, 37, dtype, ids=ids), CALLS[name])
 
 
 @pytest.mark.parametrize("D", [5, 72, 136])
@@ -135,7 +144,7 @@ def test_the_same_bits_with_several_adapters_a_row(name, way):
     check(Layer(way, 44, ids=SLOTS), SLOT_CALLS[name])
 
 
-@pytest.mark.parametrize("name", ["lora_linear_group", *PRODUCERS[:2]])
+@pytest.mark.parametrize("name", ["lora_linear_group", *PRODUCERS])
 def test_the_same_bits_of_a_fat_adapter_and_many_columns(name, way):
     """Several chunks of rows, blocks of columns and, in C++, items; every thread of its own."""
     ids = IDS + [0] * (1030 if way.slow else 3000) + [2] * 40
@@ -143,10 +152,10 @@ def test_the_same_bits_of_a_fat_adapter_and_many_columns(name, way):
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
-@pytest.mark.parametrize("name", ["lora_linear", "lora_linear_group", "lora_shrink", "moe_lora_linear", *PRODUCERS])
-def test_a_recompute_gives_the_same_bits(name, use_reentrant, way):
-    layer = Layer(way, 37)
-    plan, kw = layer.plan(), dict(backend=way.backend)
+@pytest.mark.parametrize("name", ["lora_linear", "lora_linear_group", "lora_shrink", "moe_lora_linear", *PRODUCERS, *COMPOSED])
+def test_a_recompute_gives_the_same_bits(name, use_reentrant, fast_way):
+    layer = Layer(fast_way, 37)
+    plan, kw = layer.plan(), dict(backend=fast_way.backend)
 
     def run(x, mode):
         layer.x = x
