@@ -9,7 +9,7 @@ from mtkernels.testing import assert_accurate
 
 pytestmark = pytest.mark.skipif(not _native.available(), reason=_native.reason())
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-T, D, O = 370, 515, 300  # beyond one tile of rows, block of columns and panel of outputs, and a multiple of none
+T, D, O = 740, 1043, 1100  # beyond one tile of rows, depth and panel of outputs, and a multiple of none
 
 
 @pytest.fixture

@@ -59,14 +59,14 @@ MTK_INLINE void copy_out(const float* src, int64_t n, float factor, T* dst) {
 }
 
 // w[k][n], element (q, j) at src[q * k_stride + j * n_stride] with one of the strides 1, as dot_block reads it: groups of kDotVecs vectors of
-// outputs, then single vectors, [k][vectors]; a last partial vector as [k / lanes][outputs][lanes]. Group j starts at panel + j * kBlock.
-template <class T>
+// outputs, then single vectors, [k][vectors]; a last partial vector as [k / lanes][outputs][lanes]. Output j's group starts at panel + j * kDepth.
+template <int64_t kDepth = kBlock, class T>
 static inline void pack_dot_panel(const T* src, int64_t k_stride, int64_t n_stride, int64_t k, int64_t n, float* panel) {
   const int64_t full = n / kWidth * kWidth;
   int64_t width;
   for (int64_t j = 0; j < full; j += width) {
     width = full - j >= kDotVecs * kWidth ? kDotVecs * kWidth : kWidth;
-    float* group = panel + j * kBlock;
+    float* group = panel + j * kDepth;
     const T* from = src + j * n_stride;
     if (n_stride == 1) {
       for (int64_t q = 0; q < k; ++q) copy_padded(from + q * k_stride, width, kWidth, group + q * width);
@@ -77,7 +77,7 @@ static inline void pack_dot_panel(const T* src, int64_t k_stride, int64_t n_stri
   if (full == n) return;
   const int lanes = tail_lanes(n);
   const int64_t outputs = kWidth / lanes;
-  float* group = panel + full * kBlock;
+  float* group = panel + full * kDepth;
   if (lanes == 1 && n_stride != 1) return transpose<true>(src + full * n_stride, n_stride, n - full, k, group, kWidth);
   if (lanes == 1) {
     for (int64_t q = 0; q < k; ++q) copy_padded(src + q * k_stride + full, n - full, kWidth, group + q * kWidth);
@@ -147,8 +147,8 @@ MTK_INLINE void pack_row(const T* row, int64_t cols, float* block, const uint8_t
   for (const int64_t end = round_up(cols, kGramCols); c < end; c += kWidth) vstore(block + c, vzero());
 }
 
-// blocks[kWideBlocks][m][kBlockStride] = x[rows[m]][col .. col + cols] in fp32; uid is the ordinal of the first row in its adapter.
-template <class T>
+// blocks[cols / kDepth][m] = x[rows[m]][col .. col + cols] in fp32, floats_of(kDepth) a block; uid is the ordinal of the first row in its adapter.
+template <int64_t kDepth = kBlock, class T>
 static inline void pack_rows(const T* x, int64_t stride, const int32_t* rows, int64_t m, int64_t col, int64_t cols, float* blocks,
                              KeepBits* keep, uint32_t uid) {
   constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T)), kAhead = 8 * kLine;
@@ -159,8 +159,8 @@ static inline void pack_rows(const T* x, int64_t stride, const int32_t* rows, in
       for (int64_t c = 0; c < kAhead && c < cols; c += kLine) __builtin_prefetch(next + c);
     }
     if (keep) KeepBits::fill(keep, i, uid + static_cast<uint32_t>(i), col, cols);
-    for (int64_t c = 0; c < cols; c += kBlock)
-      pack_row(row + c, least(kBlock, cols - c), blocks + c / kBlock * kBlockFloats + i * kBlockStride,
+    for (int64_t c = 0; c < cols; c += kDepth)
+      pack_row(row + c, least(kDepth, cols - c), blocks + c / kDepth * floats_of(kDepth) + i * stride_of(kDepth),
                keep ? keep->bits + i * KeepBits::kStride + c / 8 : nullptr);
   }
 }

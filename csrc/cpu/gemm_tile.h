@@ -6,11 +6,14 @@
 
 namespace mtk::cpu::MTK_ISA {
 
-// A block is what one reduction loop runs over. Its rows lie off a power of two apart, so that they spread over the L1 sets.
+// A block is what one reduction loop runs over: kRows rows, kBlock deep or as deep as its user says.
 constexpr int64_t kBlock = 256;
-constexpr int64_t kBlockStride = kBlock + 16;
 constexpr int64_t kRows = 72;
-constexpr int64_t kBlockFloats = kRows * kBlockStride;
+// Its rows lie off a power of two apart, so that they spread over the L1 sets.
+constexpr int64_t stride_of(int64_t depth) { return depth + 16; }
+constexpr int64_t floats_of(int64_t depth) { return kRows * stride_of(depth); }
+constexpr int64_t kBlockStride = stride_of(kBlock);
+constexpr int64_t kBlockFloats = floats_of(kBlock);
 // Rows are read and written this many columns at a stretch: long enough for the hardware prefetcher, which whole rows of other pages interrupt.
 constexpr int64_t kWide = 1024;
 constexpr int64_t kWideBlocks = kWide / kBlock;
@@ -42,21 +45,21 @@ MTK_INLINE int tail_lanes(int64_t n) {
   return lanes;
 }
 
-// acc[m][N vectors] += x[m][k] p[k][N vectors]; with lanes > 1, p is [k / lanes][kWidth / lanes outputs][lanes].
-template <int kM, int kN, int kLanes>
-MTK_INLINE void dot_tile(const float* x, const float* p, int64_t k, float* acc, int64_t acc_stride) {
+// acc[m][N vectors] (+)= x[m][k] p[k][N vectors]; with lanes > 1, p is [k / lanes][kWidth / lanes outputs][lanes].
+template <int64_t kDepth, int kM, int kN, int kLanes>
+MTK_INLINE void dot_tile(const float* x, const float* p, int64_t k, bool add, float* acc, int64_t acc_stride) {
   vf c[kM][kN];
 #pragma GCC unroll 16
   for (int i = 0; i < kM; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < kN; ++j) c[i][j] = vload(acc + i * acc_stride + j * kWidth);
+    for (int j = 0; j < kN; ++j) c[i][j] = add ? vload(acc + i * acc_stride + j * kWidth) : vzero();
   for (int64_t q = 0; q < k; q += kLanes, p += kN * kWidth) {
     vf b[kN];
 #pragma GCC unroll 4
     for (int j = 0; j < kN; ++j) b[j] = vload(p + j * kWidth);
 #pragma GCC unroll 16
     for (int i = 0; i < kM; ++i) {
-      const vf a = vrepeat<kLanes>(x + i * kBlockStride + q);
+      const vf a = vrepeat<kLanes>(x + i * stride_of(kDepth) + q);
 #pragma GCC unroll 4
       for (int j = 0; j < kN; ++j) c[i][j] = vfma(a, b[j], c[i][j]);
     }
@@ -67,34 +70,36 @@ MTK_INLINE void dot_tile(const float* x, const float* p, int64_t k, float* acc, 
     for (int j = 0; j < kN; ++j) vstore(acc + i * acc_stride + j * kWidth, c[i][j]);
 }
 
-template <int kM, int kN, int kLanes>
-static inline void dot_rest(const float* x, int64_t m, const float* p, int64_t k, float* acc, int64_t acc_stride) {
-  if (m == kM) return dot_tile<kM, kN, kLanes>(x, p, k, acc, acc_stride);
-  if constexpr (kM > 1) dot_rest<kM - 1, kN, kLanes>(x, m, p, k, acc, acc_stride);
+template <int64_t kDepth, int kM, int kN, int kLanes>
+static inline void dot_rest(const float* x, int64_t m, const float* p, int64_t k, bool add, float* acc, int64_t acc_stride) {
+  if (m == kM) return dot_tile<kDepth, kM, kN, kLanes>(x, p, k, add, acc, acc_stride);
+  if constexpr (kM > 1) dot_rest<kDepth, kM - 1, kN, kLanes>(x, m, p, k, add, acc, acc_stride);
 }
 
-template <int kN, int kLanes>
-static inline void dot_rows(const float* x, int64_t m, const float* p, int64_t k, float* acc, int64_t acc_stride) {
+template <int64_t kDepth, int kN, int kLanes>
+static inline void dot_rows(const float* x, int64_t m, const float* p, int64_t k, bool add, float* acc, int64_t acc_stride) {
+  constexpr int64_t kStride = stride_of(kDepth);
   int64_t i = 0;
   for (; i + kDotRows <= m; i += kDotRows)
-    dot_tile<kDotRows, kN, kLanes>(x + i * kBlockStride, p, k, acc + i * acc_stride, acc_stride);
-  if (i < m) dot_rest<kDotRows - 1, kN, kLanes>(x + i * kBlockStride, m - i, p, k, acc + i * acc_stride, acc_stride);
+    dot_tile<kDepth, kDotRows, kN, kLanes>(x + i * kStride, p, k, add, acc + i * acc_stride, acc_stride);
+  if (i < m) dot_rest<kDepth, kDotRows - 1, kN, kLanes>(x + i * kStride, m - i, p, k, add, acc + i * acc_stride, acc_stride);
 }
 
-// acc[m][n] += x[m][k] panel[k][n] for a panel in the layout of pack_dot_panel; acc rows hold round_up(n, kWidth) floats.
-static inline void dot_block(const float* x, int64_t m, int64_t k, const float* panel, int64_t n, float* acc, int64_t acc_stride) {
+// acc[m][n] (+)= x[m][k] panel[k][n] for a block and a panel kDepth deep; acc rows hold round_up(n, kWidth) floats.
+template <int64_t kDepth = kBlock>
+static inline void dot_block(const float* x, int64_t m, int64_t k, const float* panel, int64_t n, bool add, float* acc, int64_t acc_stride) {
   const int64_t full = n / kWidth * kWidth;
   int64_t j = 0;
   for (; j + kDotVecs * kWidth <= full; j += kDotVecs * kWidth)
-    dot_rows<kDotVecs, 1>(x, m, panel + j * kBlock, k, acc + j, acc_stride);
-  for (; j < full; j += kWidth) dot_rows<1, 1>(x, m, panel + j * kBlock, k, acc + j, acc_stride);
+    dot_rows<kDepth, kDotVecs, 1>(x, m, panel + j * kDepth, k, add, acc + j, acc_stride);
+  for (; j < full; j += kWidth) dot_rows<kDepth, 1, 1>(x, m, panel + j * kDepth, k, add, acc + j, acc_stride);
   if (j == n) return;
   const int lanes = tail_lanes(n);
-  if (lanes == 1) dot_rows<1, 1>(x, m, panel + j * kBlock, k, acc + j, acc_stride);
+  if (lanes == 1) dot_rows<kDepth, 1, 1>(x, m, panel + j * kDepth, k, add, acc + j, acc_stride);
   if constexpr (kMaxLanes >= 2)
-    if (lanes == 2) dot_rows<1, 2>(x, m, panel + j * kBlock, k, acc + j, acc_stride);
+    if (lanes == 2) dot_rows<kDepth, 1, 2>(x, m, panel + j * kDepth, k, add, acc + j, acc_stride);
   if constexpr (kMaxLanes >= 4)
-    if (lanes == 4) dot_rows<1, 4>(x, m, panel + j * kBlock, k, acc + j, acc_stride);
+    if (lanes == 4) dot_rows<kDepth, 1, 4>(x, m, panel + j * kDepth, k, add, acc + j, acc_stride);
 }
 
 // out[n] = acc with the lanes of the partial vector summed, times factor. `out` may be shorter than acc, and may not overlap it.

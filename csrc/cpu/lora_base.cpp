@@ -37,11 +37,12 @@ Tensor base_matmul(const char* name, const Tensors& xs, const Tensors& ws, const
   call.y = y.mutable_data_ptr();
   call.y_stride = call.N;
 
-  // Equal pieces, in steps of what suits every register tile; narrower ones where few rows leave threads without work.
-  const int64_t pieces = std::max<int64_t>(1, ceil_div(call.M, kBaseRows)), rows = ceil_div(ceil_div(call.M, pieces), 12) * 12;
-  const int64_t row_parts = rows ? ceil_div(call.M, rows) : 0;
+  // Equal pieces, in steps of what suits every register tile; shorter, then narrower ones where threads would wait for the last.
+  const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads()), blocks = std::max<int64_t>(1, ceil_div(call.N, kBaseCols));
+  const int64_t pieces = std::max(ceil_div(call.M, kBaseRows), std::min(ceil_div(call.M, kBaseRows / 2), ceil_div(8 * threads, blocks)));
+  const int64_t rows = pieces ? ceil_div(ceil_div(call.M, pieces), 12) * 12 : 0, row_parts = rows ? ceil_div(call.M, rows) : 0;
   int64_t cols = kBaseCols;
-  while (cols > 64 && row_parts * ceil_div(call.N, cols) < 2 * static_cast<int64_t>(torch::stable::get_num_threads())) cols /= 2;
+  while (cols > 64 && row_parts * ceil_div(call.N, cols) < 2 * threads) cols /= 2;
   const int64_t col_parts = ceil_div(call.N, cols);
   const BaseKernels& kernels = base_kernels(call.type);
   run_items(row_parts * col_parts, kernels.scratch(), [&](int64_t i, float* scratch) {

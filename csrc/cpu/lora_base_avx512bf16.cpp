@@ -14,7 +14,7 @@
 
 namespace mtk::cpu {
 
-const BaseKernels base_avx512bf16 = {avx512bf16::pair_scratch, avx512bf16::pair_tile};
+const BaseKernels base_avx512bf16 = {avx512bf16::scratch_of<avx512bf16::Pairs>, avx512bf16::tile_of<avx512bf16::Pairs>};
 
 }  // namespace mtk::cpu
 

@@ -5,7 +5,8 @@
 
 namespace mtk::cpu::MTK_ISA {
 
-static int64_t base_scratch() { return kBlockFloats + kBlock * kBaseCols + kBaseRows * kBaseCols + 256; }
+// Deep enough for most sums to stay in registers from the first product to the last.
+constexpr int64_t kBaseDepth = 1024;
 
 // a . b in lanes, added up in order.
 template <class T>
@@ -35,34 +36,64 @@ static void finish_base(const BaseCall& call, int64_t i, float* line, int64_t co
   MTK_WITH_TYPE(call.y_type, T, copy_out(line, n, gate, static_cast<T*>(call.y) + y_row * call.y_stride + col0 - call.y_col));
 }
 
-// y[row0..row1][col0..col1]: panels widened to fp32 in cache, one rounding at the end.
-static void base_tile(const BaseCall& call, int64_t row0, int64_t row1, int64_t col0, int64_t col1, float* scratch) {
+// y[row0..row1][col0..col1], one rounding at the end; Form says how rows and weights lie in cache and are multiplied there.
+template <class Form>
+static void tile_of(const BaseCall& call, int64_t row0, int64_t row1, int64_t col0, int64_t col1, float* scratch) {
   Arena arena{scratch};
-  float* block = Arena::take(&arena, kBlockFloats);
-  float* panel = Arena::take(&arena, kBlock * kBaseCols);
-  float* acc = Arena::take(&arena, kBaseRows * kBaseCols);
-  const int64_t n = col1 - col0, acc_stride = round_up(n, kWidth);
-  fill_zero(acc, (row1 - row0) * acc_stride);
-  int32_t rows[kRows];
-  for (int32_t i = 0; i < kRows; ++i) rows[i] = i;
-  for (const BasePart* part = call.parts; part < call.parts + call.n_parts; ++part)
-    for (int64_t q = 0; q < part->K; q += kBlock) {
-      const int64_t k = least(kBlock, part->K - q);
-      MTK_WITH_TYPE(call.type, T, {
-        pack_dot_panel(at<T>(part->w, q * part->k_stride + col0 * part->n_stride), part->k_stride, part->n_stride, k, n, panel);
-        for (int64_t i = row0; i < row1; i += kRows) {
-          const int64_t m = least(kRows, row1 - i);
-          const int32_t* from = call.x_rows ? call.x_rows + i : rows;
-          pack_rows(at<T>(part->x, call.x_rows ? 0 : i * part->x_stride), part->x_stride, from, m, q, k, block, nullptr, 0);
-          dot_block(block, m, k, panel, n, acc + (i - row0) * acc_stride, acc_stride);
+  float* block = Arena::take(&arena, Form::kBlockFloats);
+  float* panel = Arena::take(&arena, Form::kPanelFloats);
+  float* sums = Arena::take(&arena, kBaseRows * kBaseCols);
+  const int64_t n = col1 - col0, stride = round_up(n, kWidth);
+  const BasePart* last = call.parts + call.n_parts - 1;
+  for (const BasePart* part = call.parts; part <= last; ++part)
+    for (int64_t q = 0; q == 0 || q < part->K; q += kBaseDepth) {
+      const int64_t k = least(kBaseDepth, part->K - q);
+      const bool begins = part == call.parts && q == 0, ends = part == last && q + k == part->K;
+      Form::pack_panel(call, *part, q, k, col0, n, panel);
+      for (int64_t i = row0; i < row1; i += kRows) {
+        const int64_t m = least(kRows, row1 - i);
+        float* acc = begins && ends ? sums : sums + (i - row0) * stride;
+        Form::pack_block(call, *part, i, m, q, k, block);
+        Form::dot(block, m, k, panel, n, !begins, acc, stride);
+        for (int64_t r = 0; ends && r < m; ++r, acc += stride) {
+          float line[kBaseCols];
+          finish_base(call, i + r, Form::row(acc, n, line), col0, n);
         }
-      });
+      }
     }
-  for (int64_t i = row0; i < row1; ++i) {
-    float line[kBaseCols];
-    dot_finish(acc + (i - row0) * acc_stride, n, 1.f, line);
-    finish_base(call, i, line, col0, n);
+}
+
+// Both widened to fp32.
+struct Widened {
+  static constexpr int64_t kBlockFloats = floats_of(kBaseDepth), kPanelFloats = kBaseDepth * kBaseCols;
+
+  static void pack_panel(const BaseCall& call, const BasePart& part, int64_t q, int64_t k, int64_t col0, int64_t n, float* panel) {
+    MTK_WITH_TYPE(call.type, T, pack_dot_panel<kBaseDepth>(at<T>(part.w, q * part.k_stride + col0 * part.n_stride), part.k_stride, part.n_stride,
+                                                           k, n, panel));
   }
+
+  static void pack_block(const BaseCall& call, const BasePart& part, int64_t row, int64_t m, int64_t q, int64_t k, float* block) {
+    int32_t rows[kRows];
+    for (int64_t i = 0; i < m; ++i) rows[i] = call.x_rows ? call.x_rows[row + i] : static_cast<int32_t>(i);
+    const int64_t from = call.x_rows ? 0 : row * part.x_stride;
+    MTK_WITH_TYPE(call.type, T, pack_rows<kBaseDepth>(at<T>(part.x, from), part.x_stride, rows, m, q, k, block, nullptr, 0));
+  }
+
+  static void dot(const float* block, int64_t m, int64_t k, const float* panel, int64_t n, bool add, float* acc, int64_t stride) {
+    dot_block<kBaseDepth>(block, m, k, panel, n, add, acc, stride);
+  }
+
+  // The sums of a row: where they lie, or added up from lanes in `line`.
+  static float* row(float* acc, int64_t n, float* line) {
+    if (n % kWidth == 0) return acc;
+    dot_finish(acc, n, 1.f, line);
+    return line;
+  }
+};
+
+template <class Form>
+static int64_t scratch_of() {
+  return Form::kBlockFloats + Form::kPanelFloats + kBaseRows * kBaseCols + 256;
 }
 
 static void sum_rows(const float* z, int64_t stride, int64_t count, int64_t n, Element type, void* out) {

@@ -114,7 +114,7 @@ struct BaseCall {
   const float* gates;
 };
 
-constexpr int64_t kBaseRows = 360;
+constexpr int64_t kBaseRows = 720;
 constexpr int64_t kBaseCols = 256;
 
 struct BaseKernels {

@@ -18,7 +18,7 @@ static void shrink(const LoraCall& call, const LoraItem& item, float* scratch) {
   float* panels = Arena::take(&arena, kWide * width);
   float* acc = Arena::take(&arena, n_rows * width);
   float* line = Arena::take(&arena, width);
-  fill_zero(acc, n_rows * width);
+  if (call.D == 0) fill_zero(acc, n_rows * width);
   for (int64_t col = 0; width && col < call.D; col += kWide) {
     const int64_t cols = least(kWide, call.D - col);
     for (int64_t g = 0, w = 0; g < call.n_targets; ++g) {
@@ -41,7 +41,7 @@ static void shrink(const LoraCall& call, const LoraItem& item, float* scratch) {
         if (call.filled_bits) fill_bits(call, g, x.keep, m, col, cols);
         for (int64_t c = 0; c < cols; c += kBlock)
           dot_block(x.blocks + c / kBlock * kBlockFloats, m, least(kBlock, cols - c), panels + w * kWide + c * lanes, a.rank,
-                    acc + (i - item.row0) * width + w, width);
+                    col + c > 0, acc + (i - item.row0) * width + w, width);
         w += lanes;
       }
     }
@@ -110,11 +110,11 @@ static void backward_y(const LoraCall& call, const LoraItem& item, float* scratc
         const int64_t k = least(kBlock, cols - c);
         if (a.needs_d) {
           float* d = a.d + ((col + c) / t.plane_cols * group.n + i) * stride;
-          if ((col + c) % t.plane_cols == 0) fill_zero(d, m * stride);
-          dot_block(block, m, k, panel + c * lanes, a.rank, d, stride);
+          const bool add = (col + c) % t.plane_cols != 0;
+          dot_block(block, m, k, panel + c * lanes, a.rank, add, d, stride);
           if (beta) {
             MTK_WITH_TYPE(call.factor_type, T, pack_dot_panel(at<T>(a.bias, col + c), 1, 1, k, 1, beta_panel));
-            dot_block(block, m, k, beta_panel, 1, d + lanes, stride);
+            dot_block(block, m, k, beta_panel, 1, add, d + lanes, stride);
           }
         }
         if (gram) gram_block(s + first, s_stride, last - first, block, m, k, i > item.row0, g + c * s_stride + first * kBlock);
@@ -244,6 +244,6 @@ static void keep_row(const DropoutKey& key, uint32_t threshold, int64_t n_cols, 
   }
 }
 
-#define MTK_LORA_KERNELS(isa) {isa::d_stride, isa::lora_scratch, isa::shrink, isa::expand, isa::backward_y, isa::finish_d, isa::backward_x, isa::reduce_A, isa::reduce_B, {isa::base_scratch, isa::base_tile}, isa::keep_row, isa::sum_rows}
+#define MTK_LORA_KERNELS(isa) {isa::d_stride, isa::lora_scratch, isa::shrink, isa::expand, isa::backward_y, isa::finish_d, isa::backward_x, isa::reduce_A, isa::reduce_B, {isa::scratch_of<isa::Widened>, isa::tile_of<isa::Widened>}, isa::keep_row, isa::sum_rows}
 
 }  // namespace mtk::cpu::MTK_ISA
