@@ -261,7 +261,10 @@ def moe_lora_linear_fwd(x, weight, bias, A, B, lora_bias, scale, threshold, seed
 def moe_lora_linear_bwd(
     dy, x, weight, bias, s, A, B, lora_bias, scale, threshold, seeds, gates, offsets, perm, tiles, step, site, dropout, dx, dgates, e, dA, dB, dbias, bits=None
 ):
-    """dx, dgates and e (or None) and the gradients are written; bits: keep bits of the forward. Four launches, one more to add K parts of dx, one for dgates."""
+    """Writes dx, dgates and e (or None) and the gradients; bits: keep bits of the forward.
+
+    Four launches, one more to add K parts of dx, one for dgates.
+    """
     plan, summed = (offsets, perm, tiles), dx is not None and perm.numel() > len(x)
     with torch.cuda.device_of(s):
         bank = _bank(weight, A, B, lora_bias, scale, threshold, seeds, site, dA, dB, dbias)
@@ -280,7 +283,10 @@ def moe_lora_linear_bwd(
 
 
 def compile_cases(arch):
-    """bf16, float32, float32 factors over bf16 rows; `.ragged`: sizes that are no multiples of the tiles, K slots, gates and their gradient; `.bits`: kept masks."""
+    """bf16, float32, float32 factors over bf16 rows.
+
+    `.ragged`: sizes that are no multiples of the tiles, K slots, gates and their gradient; `.bits`: kept masks.
+    """
     for variant, rows, s in (("bf16", torch.bfloat16, torch.bfloat16), ("fp32", torch.float32, torch.float32), ("mixed", torch.bfloat16, torch.float32)):
         for name, kernel in (("fwd", _moe_fwd_kernel), ("dx", _moe_dx_kernel)):
             for suffix in ("", ".ragged", ".bits")[: 3 if name == "dx" else 2]:

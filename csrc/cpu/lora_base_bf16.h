@@ -77,6 +77,7 @@ static void pack_pairs(const bf16* w, int64_t k_stride, int64_t n_stride, int64_
   }
 }
 
+// Rows and weights as pairs.
 struct Pairs {
   static constexpr int64_t kGroup = kDotVecs * kWidth;
   // Behind the panel, rows that pack_pairs copies.

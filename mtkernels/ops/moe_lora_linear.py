@@ -7,9 +7,9 @@ Shapes     x [T, D], or [T, K, D] with a row of its own for every position; weig
            gates as the ids -> y [T, K, O] (or [T, O] for ids [T]), with gates [T, O]
 Gradients  x, gates, the bank's scale and every A, B, beta (zeros for adapters without positions). W and b are frozen
 Backends   reference, cpu, triton. No CUDA C++: the GEMMs want wgmma and TMA, which come through Triton
-Cost       saved: x, S [P, max R], with dropout_mode="bitmask" D bits a position; never z, a gathered copy of x, or W + BA. The gate's gradient is (dy W_e) . x + dy . b_e
-           + s e, from products that the gradient of x needs anyway. GPU: 2 launches forward, 4 backward; one more in either to
-           sum over K, and one for the gradient of gates
+Cost       saved: x, S [P, max R], with dropout_mode="bitmask" D bits a position; never z, a gathered copy of x, or W + BA. The
+           gate's gradient is (dy W_e) . x + dy . b_e + s e, from products that the gradient of x needs anyway. GPU: 2 launches
+           forward, 4 backward; one more in either to sum over K, and one for the gradient of gates
 
     plan = group_plan(expert_adapter_ids(experts, adapters, A), E * (A + 1))
     h = moe_lora_linear(x, w_up, None, up_bank, plan)                                    # [T, K, O]
